@@ -1,0 +1,96 @@
+"""TensorFlow 1's `optimize_loss` for JAX and Optax: the whole training update of a loss in one call.
+
+    loss ─ value_and_grad, with respect to `variables` alone
+      │
+    gradients ─ mean over `axis_name` ─ noise ─ multipliers ─┬─ clip ─┬─ optimizer(rate at global_step) ─ apply ─
+    step + 1
+                                                             │        │
+                                                 norm before ┘        └ norm after      = summaries
+
+`optimize_loss` is the call. Each stage is an Optax transformation that also stands alone, `transformation` is all of
+them as one, the six optimizers have TF1's numbers, and the nine decays are functions of (learning_rate, global_step).
+"""
+
+from optloss._clipping import AdaptiveClippingState, adaptive_clipping_fn, clip_by_global_norm
+from optloss._decay import (
+    exponential_decay,
+    inverse_time_decay,
+    natural_exp_decay,
+    piecewise_constant,
+    polynomial_decay,
+)
+from optloss._decay_cosine import (
+    cosine_decay,
+    cosine_decay_restarts,
+    linear_cosine_decay,
+    noisy_linear_cosine_decay,
+)
+from optloss._learning_rate import DecayedLearningRateState, from_schedule, scale_by_decayed_learning_rate
+from optloss._multipliers import MultiplyGradientsState, multiply_gradients
+from optloss._names import parameter_names
+from optloss._noise import GradientNoiseState, add_gradient_noise
+from optloss._numerics import global_norm
+from optloss._optimize_loss import TrainOp, TrainOutput, TrainState, optimize_loss
+from optloss._optimizer_forms import OPTIMIZER_CLS_NAMES
+from optloss._optimizers import (
+    AdagradState,
+    AdamState,
+    FtrlState,
+    MomentumState,
+    RMSPropState,
+    adagrad,
+    adam,
+    ftrl,
+    momentum,
+    rmsprop,
+    sgd,
+)
+from optloss._pipeline import OptState
+from optloss._summaries import OPTIMIZER_SUMMARIES, Histogram, histogram
+from optloss._transformation import TransformationState, transformation
+
+__all__ = [
+    "OPTIMIZER_CLS_NAMES",
+    "OPTIMIZER_SUMMARIES",
+    "AdagradState",
+    "AdamState",
+    "AdaptiveClippingState",
+    "DecayedLearningRateState",
+    "FtrlState",
+    "GradientNoiseState",
+    "Histogram",
+    "MomentumState",
+    "MultiplyGradientsState",
+    "OptState",
+    "RMSPropState",
+    "TrainOp",
+    "TrainOutput",
+    "TrainState",
+    "TransformationState",
+    "adagrad",
+    "adam",
+    "adaptive_clipping_fn",
+    "add_gradient_noise",
+    "clip_by_global_norm",
+    "cosine_decay",
+    "cosine_decay_restarts",
+    "exponential_decay",
+    "from_schedule",
+    "ftrl",
+    "global_norm",
+    "histogram",
+    "inverse_time_decay",
+    "linear_cosine_decay",
+    "momentum",
+    "multiply_gradients",
+    "natural_exp_decay",
+    "noisy_linear_cosine_decay",
+    "optimize_loss",
+    "parameter_names",
+    "piecewise_constant",
+    "polynomial_decay",
+    "rmsprop",
+    "scale_by_decayed_learning_rate",
+    "sgd",
+    "transformation",
+]

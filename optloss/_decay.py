@@ -1,0 +1,254 @@
+"""Five of TF1's nine learning rate decays, functions of (learning_rate, global_step), and what all nine share."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import ArrayLike
+
+from optloss._check import check_number
+
+__all__ = [
+    "exponential_decay",
+    "inverse_time_decay",
+    "natural_exp_decay",
+    "piecewise_constant",
+    "polynomial_decay",
+    "rate_and_step",
+]
+
+
+def exponential_decay(
+    learning_rate: ArrayLike,
+    global_step: ArrayLike,
+    decay_steps: ArrayLike,
+    decay_rate: ArrayLike,
+    staircase: bool = False,
+    name: str | None = None,
+) -> jax.Array:
+    """Multiplies the rate by `decay_rate` every `decay_steps` steps.
+
+        learning_rate * decay_rate ** p,        p = global_step / decay_steps
+
+    Args:
+        learning_rate: The rate at step 0, a scalar. All is computed in its dtype, float32 for a Python number.
+        global_step: The step, an integer scalar. Its dtype becomes the rate's, so float32 tells steps apart to 2**24.
+        decay_steps: Steps for one factor, > 0.
+        decay_rate: The factor, >= 0.
+        staircase: Rounds p down, so that the rate moves in jumps.
+        name: TF1's name of the operation; it has no meaning here.
+
+    Returns:
+        The decayed rate, a scalar.
+
+    Raises:
+        ValueError: `global_step` is None or a number out of its bounds.
+
+    Example:
+        >>> optloss.exponential_decay(0.1, 2000, 1000, 0.5)
+        Array(0.025, dtype=float32)
+
+    TF1 gave NaN where `decay_steps` is 0. `optax.exponential_decay` is the same formula as a schedule, but constant for
+    a `decay_rate` of 0.
+    """
+    del name
+    check_number("decay_rate", decay_rate, at_least=0)
+    rate, p = _rate_and_periods(learning_rate, global_step, decay_steps, staircase)
+    return rate * jnp.asarray(decay_rate, rate.dtype) ** p
+
+
+def natural_exp_decay(
+    learning_rate: ArrayLike,
+    global_step: ArrayLike,
+    decay_steps: ArrayLike,
+    decay_rate: ArrayLike,
+    staircase: bool = False,
+    name: str | None = None,
+) -> jax.Array:
+    """Multiplies the rate by exp(-decay_rate) every `decay_steps` steps.
+
+        learning_rate * exp(-decay_rate) ** p,        p = global_step / decay_steps
+
+    Args:
+        learning_rate: The rate at step 0, a scalar.
+        global_step: The step, an integer scalar.
+        decay_steps: Steps for one factor, > 0.
+        decay_rate: The exponent.
+        staircase: Rounds p down.
+        name: TF1's name of the operation; it has no meaning here.
+
+    Returns:
+        The decayed rate, a scalar.
+
+    Raises:
+        ValueError: `global_step` is None or a number out of its bounds.
+
+    Example:
+        >>> print(f"{optloss.natural_exp_decay(0.1, 10, 10, 0.5):.6f}")
+        0.060653
+
+    As TF1's. Optax has none.
+    """
+    del name
+    decay_rate = check_number("decay_rate", decay_rate)
+    rate, p = _rate_and_periods(learning_rate, global_step, decay_steps, staircase)
+    return rate * jnp.exp(-jnp.asarray(decay_rate, rate.dtype)) ** p
+
+
+def inverse_time_decay(
+    learning_rate: ArrayLike,
+    global_step: ArrayLike,
+    decay_steps: ArrayLike,
+    decay_rate: ArrayLike,
+    staircase: bool = False,
+    name: str | None = None,
+) -> jax.Array:
+    """Divides the rate by 1 + decay_rate * p.
+
+        learning_rate / (1 + decay_rate * p),        p = global_step / decay_steps
+
+    Args:
+        learning_rate: The rate at step 0, a scalar.
+        global_step: The step, an integer scalar.
+        decay_steps: Steps for which p grows by 1, > 0.
+        decay_rate: Growth of the divisor, >= 0.
+        staircase: Rounds p down.
+        name: TF1's name of the operation; it has no meaning here.
+
+    Returns:
+        The decayed rate, a scalar.
+
+    Raises:
+        ValueError: `global_step` is None or a number out of its bounds.
+
+    Example:
+        >>> optloss.inverse_time_decay(0.1, 20, 10, 0.5)
+        Array(0.05, dtype=float32)
+
+    As TF1's. Optax has none.
+    """
+    del name
+    check_number("decay_rate", decay_rate, at_least=0)
+    rate, p = _rate_and_periods(learning_rate, global_step, decay_steps, staircase)
+    return rate / (1 + jnp.asarray(decay_rate, rate.dtype) * p)
+
+
+def piecewise_constant(
+    x: Any, boundaries: Sequence[Any], values: Sequence[ArrayLike], name: str | None = None
+) -> jax.Array:
+    """Returns the first of `values` up to and with the first boundary, the second up to the second, and so on.
+
+    Args:
+        x: The step, an integer scalar.
+        boundaries: Steps, increasing integers; at a boundary the earlier value still holds.
+        values: Rates, one more than boundaries.
+        name: TF1's name of the operation; it has no meaning here.
+
+    Returns:
+        One of `values`, a scalar.
+
+    Raises:
+        ValueError: `x` is None, there are no boundaries, they do not increase, or the values are not one more.
+
+    Example:
+        >>> [float(optloss.piecewise_constant(step, [10], [1.0, 0.5])) for step in (10, 11)]
+        [1.0, 0.5]
+
+    As TF1's; comparisons are between integers, exact at any step. `optax.piecewise_constant_schedule` takes factors
+    instead of values and switches one step earlier.
+    """
+    del name
+    if x is None:
+        raise ValueError("global_step: got None; piecewise_constant wants an integer scalar.")
+    if not boundaries or len(values) != len(boundaries) + 1:
+        raise ValueError(
+            f"values: got {len(values)} for {len(boundaries)} boundaries; one boundary or more, and one value more "
+            "than boundaries, would do."
+        )
+    for i, boundary in enumerate(boundaries):
+        if isinstance(boundary, bool) or not jnp.issubdtype(jnp.result_type(boundary), jnp.integer):
+            raise ValueError(f"boundaries: got {boundary!r}; integers would do, since steps are.")
+        if i > 0 and not isinstance(boundary, jax.core.Tracer) and not boundary > boundaries[i - 1]:
+            raise ValueError(f"boundaries: got {list(boundaries)}; they must increase.")
+    rates = [as_rate(check_number(f"values[{i}]", value)) for i, value in enumerate(values)]
+    rate = rates[-1]
+    for boundary, value in zip(reversed(boundaries), reversed(rates[:-1]), strict=True):
+        rate = jnp.where(x <= boundary, value, rate)
+    return rate
+
+
+def polynomial_decay(
+    learning_rate: ArrayLike,
+    global_step: ArrayLike,
+    decay_steps: ArrayLike,
+    end_learning_rate: ArrayLike = 0.0001,
+    power: ArrayLike = 1.0,
+    cycle: bool = False,
+    name: str | None = None,
+) -> jax.Array:
+    """Moves the rate to `end_learning_rate` along a polynomial.
+
+        (learning_rate - end) * (1 - s / N) ** power + end
+
+    with s = min(global_step, decay_steps) and N = decay_steps, or, where it cycles, s = global_step and
+    N = decay_steps * ceil(s / decay_steps): at a multiple of `decay_steps` the rate is `end`, one step later it
+    jumps up.
+
+    Args:
+        learning_rate: The rate at step 0, a scalar.
+        global_step: The step, an integer scalar.
+        decay_steps: Steps to the end, > 0.
+        end_learning_rate: The rate at the end.
+        power: Exponent, >= 0; 1 is a straight line, 0 the constant rate.
+        cycle: Whether it starts over, over ever more steps, instead of staying at the end.
+        name: TF1's name of the operation; it has no meaning here.
+
+    Returns:
+        The decayed rate, a scalar.
+
+    Raises:
+        ValueError: `global_step` is None or a number out of its bounds.
+
+    Example:
+        >>> print(f"{optloss.polynomial_decay(0.1, 50, 100, end_learning_rate=0.0):.3f}")
+        0.050
+
+    As TF1's. `optax.polynomial_schedule` has no `cycle`.
+    """
+    del name
+    check_number("decay_steps", decay_steps, above=0)
+    check_number("power", power, at_least=0)
+    check_number("end_learning_rate", end_learning_rate)
+    rate, step = rate_and_step(learning_rate, global_step)
+    steps, end = jnp.asarray(decay_steps, rate.dtype), jnp.asarray(end_learning_rate, rate.dtype)
+    if cycle:
+        steps = steps * jnp.where(step == 0, 1, jnp.ceil(step / steps))
+    else:
+        step = jnp.minimum(step, steps)
+    return (rate - end) * (1 - step / steps) ** jnp.asarray(power, rate.dtype) + end
+
+
+def _rate_and_periods(
+    learning_rate: ArrayLike, global_step: ArrayLike, decay_steps: ArrayLike, staircase: bool
+) -> tuple[jax.Array, jax.Array]:
+    """The rate, and how many times `decay_steps` have passed."""
+    check_number("decay_steps", decay_steps, above=0)
+    rate, step = rate_and_step(learning_rate, global_step)
+    periods = step / jnp.asarray(decay_steps, rate.dtype)
+    return rate, jnp.floor(periods) if staircase else periods
+
+
+def rate_and_step(learning_rate: ArrayLike, global_step: ArrayLike | None) -> tuple[jax.Array, jax.Array]:
+    """Both as scalars of the rate's dtype."""
+    if global_step is None:
+        raise ValueError("global_step: got None; a decay wants an integer scalar.")
+    rate = as_rate(learning_rate)
+    return rate, jnp.asarray(global_step, rate.dtype)
+
+
+def as_rate(learning_rate: ArrayLike) -> jax.Array:
+    rate = jnp.asarray(learning_rate)
+    is_array = isinstance(learning_rate, jax.Array | np.ndarray | np.generic)
+    return rate if is_array and jnp.issubdtype(rate.dtype, jnp.floating) else rate.astype(jnp.float32)

@@ -1,0 +1,164 @@
+"""The name of each parameter, patterns over names, and which parameters a setting selects."""
+
+import fnmatch
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, TypeAlias
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from optloss._check import did_you_mean
+
+__all__ = ["Variables", "check_variables", "match_names", "parameter_names", "select_parameters"]
+
+Variables: TypeAlias = str | Sequence[str] | Callable[[str], bool] | Any  # the last: a tree of booleans
+
+
+def parameter_names(params: Any) -> list[str]:
+    """Returns the "/"-joined path of each leaf, in the order of `jax.tree.leaves`.
+
+    Args:
+        params: Any pytree. A bare array is called "params".
+
+    Raises:
+        ValueError: Two leaves have one name.
+
+    Example:
+        >>> optloss.parameter_names({"encoder": [{"kernel": 0.0}, {"kernel": 0.0}]})
+        ['encoder/0/kernel', 'encoder/1/kernel']
+    """
+    paths = [path for path, _ in jax.tree_util.tree_flatten_with_path(params)[0]]
+    names = [jax.tree_util.keystr(path, simple=True, separator="/") if path else "params" for path in paths]
+    if len(set(names)) < len(names):
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"params: two parameters are named {twice!r}; rename one of them.")
+    return names
+
+
+def match_names(argument: str, keys: Iterable[str], names: Sequence[str], *, all_match: bool = True) -> dict[str, str]:
+    """Returns which of `keys` each of `names` is matched by, for those that are.
+
+    A key is a name or a pattern: `*` matches within one part of a path, `**` any number of parts. A key equal to
+    the name goes before every pattern.
+
+    Raises:
+        ValueError: Two patterns match one name, or, where `all_match`, a key matches none.
+    """
+    known = set(names)
+    exact = {key for key in keys if key in known}
+    patterns = [key for key in keys if key not in known]
+    matched = {name: name for name in exact}
+    used = set(exact)
+    for name in names:
+        hits = [pattern for pattern in patterns if _matches(pattern.split("/"), name.split("/"))]
+        used.update(hits)
+        if name not in exact and len(hits) > 1:
+            raise ValueError(
+                f"{argument}: {hits[0]!r} and {hits[1]!r} both match the parameter {name!r}; "
+                "name it in full, or narrow one of them."
+            )
+        if name not in exact and hits:
+            matched[name] = hits[0]
+    for key in patterns:
+        if all_match and key not in used:
+            raise ValueError(_unknown_name(argument, key, names))
+    return matched
+
+
+def _unknown_name(argument: str, key: str, names: Sequence[str]) -> str:
+    kind = "matches" if "*" in key else "is named"
+    shown = ", ".join(repr(name)[1:-1] for name in names[:10]) + (", ..." if len(names) > 10 else "")
+    return f"{argument}: no parameter {kind} {key!r}.{did_you_mean(key, names)} Parameters: {shown}."
+
+
+def _matches(pattern: list[str], path: list[str]) -> bool:
+    """Whether the parts of a pattern match the parts of a path; linear work for each part, whatever the pattern."""
+    reached = {0}  # how many parts of the pattern can have been used up by the parts of the path so far
+    for part in path:
+        reached = _skip_stars(pattern, reached)
+        reached = {
+            at if pattern[at] == "**" else at + 1
+            for at in reached
+            if at < len(pattern) and (pattern[at] == "**" or _part_matches(pattern[at], part))
+        }
+    return len(pattern) in _skip_stars(pattern, reached)
+
+
+def _skip_stars(pattern: list[str], reached: set[int]) -> set[int]:
+    """Adds the places behind each `**` that is reached, since it may match nothing."""
+    reached = set(reached)
+    for at, part in enumerate(pattern):
+        if part == "**" and at in reached:
+            reached.add(at + 1)
+    return reached
+
+
+def _part_matches(pattern: str, part: str) -> bool:
+    literal = pattern.replace("[", "[[]").replace("?", "[?]")  # `*` alone is special here
+    return fnmatch.fnmatchcase(part, literal)
+
+
+def check_variables(variables: Variables | None) -> None:
+    """Raises what can be said of `variables` before the parameters are known."""
+    if variables is None or callable(variables) or isinstance(variables, str):
+        return
+    leaves = jax.tree.leaves(variables)
+    if not leaves:
+        raise ValueError(
+            f"variables: No variables to optimize: got {variables!r}; names, patterns, a function of a name, "
+            "a tree of booleans, or None for all would do."
+        )
+    if all(isinstance(leaf, str) for leaf in leaves) and isinstance(variables, list | tuple):
+        return
+    for leaf in leaves:
+        if not isinstance(leaf, bool | np.bool_):
+            raise TypeError(f"variables: got {leaf!r} among them; names alone or booleans alone would do.")
+
+
+def select_parameters(variables: Variables | None, params: Any) -> list[bool]:
+    """Returns for each leaf of `params` whether it is trained.
+
+    Leaves without a gradient (integers, booleans) never are.
+
+    Raises:
+        ValueError: A name that is no parameter's, or nothing is selected.
+        TypeError: A complex parameter is selected.
+    """
+    names = parameter_names(params)
+    leaves = jax.tree.leaves(params)
+    real = [jnp.issubdtype(leaf.dtype, jnp.floating) for leaf in leaves]
+    chosen = _chosen(variables, params, names)
+    for name, leaf, is_chosen, is_real in zip(names, leaves, chosen, real, strict=True):
+        if is_chosen and jnp.issubdtype(leaf.dtype, jnp.complexfloating):
+            raise TypeError(
+                f"params: {name!r} is {leaf.dtype}, whose gradient is not a direction of descent; keep the real and "
+                "the imaginary part as two parameters, or leave it out of `variables`."
+            )
+        if isinstance(variables, list | tuple) and name in variables and not is_real:
+            raise ValueError(f"variables: {name!r} is {leaf.dtype} and has no gradient; a real one would do.")
+    selected = [a and b for a, b in zip(chosen, real, strict=True)]
+    if not any(selected):
+        came = f"variables: got {variables!r}; " if names else "params: got a tree without arrays; "
+        raise ValueError(f"{came}No variables to optimize: none with a gradient is selected.")
+    return selected
+
+
+def _chosen(variables: Variables | None, params: Any, names: list[str]) -> list[bool]:
+    """What `variables` says of each leaf, whatever its dtype."""
+    if variables is None:
+        return [True] * len(names)
+    if callable(variables):
+        return [bool(variables(name)) for name in names]
+    keys = [variables] if isinstance(variables, str) else variables
+    if isinstance(keys, list | tuple) and all(isinstance(key, str) for key in keys):
+        matched: set[str] = set()
+        for key in dict.fromkeys(keys):  # one by one: here two patterns may share a parameter
+            matched.update(match_names("variables", [key], names))
+        return [name in matched for name in names]
+    try:
+        spread = jax.tree.map(lambda keep, part: jax.tree.map(lambda _: bool(keep), part), variables, params)
+    except (TypeError, ValueError) as error:
+        first_line = str(error).split("\n", 1)[0]
+        raise ValueError(f"variables: the tree of booleans is not the parameters' tree: {first_line}") from error
+    return jax.tree.leaves(spread)

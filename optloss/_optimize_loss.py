@@ -1,0 +1,431 @@
+"""`optimize_loss`: checks, differentiates, runs the pipeline and jits."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.typing import ArrayLike
+
+from optloss._check import describe
+from optloss._clipping import ClipGradients
+from optloss._learning_rate import DecayFunction
+from optloss._multipliers import Multiplier
+from optloss._names import Variables, parameter_names, select_parameters
+from optloss._noise import NoiseScale
+from optloss._pipeline import (
+    OptState,
+    Pipeline,
+    all_finite,
+    build_pipeline,
+    check_flag,
+    choose,
+    colocate,
+    dry_run,
+    init_stages,
+    initial_step,
+    keep,
+    keep_types,
+    merge,
+    next_step,
+    run_stages,
+    strong_array,
+)
+from optloss._summaries import Summaries
+from optloss._transformation import as_transformation
+
+__all__ = ["TrainOp", "TrainOutput", "TrainState", "optimize_loss"]
+
+UpdateOp = Callable[..., Any]
+
+
+class TrainState(NamedTuple):
+    """What training carries from step to step: arrays alone, of unchanging shape and dtype."""
+
+    global_step: jax.Array | None  # shape=(), an integer; None without a counter
+    params: Any  # the user's tree
+    model_state: Any  # the user's tree of what `update_ops` change; None without one
+    opt_states: dict[str, OptState]  # one for the name of each train op
+
+
+class TrainOutput(NamedTuple):
+    """What a step gives besides the new state."""
+
+    loss: jax.Array  # shape=(), before the update
+    aux: Any  # what the loss returned besides; None without `has_aux`
+    summaries: Summaries  # scalars and histograms under the original's tags
+
+
+class TrainOp(NamedTuple):
+    """A train op: pure functions, as `optimize_loss` makes them."""
+
+    init: Callable[..., TrainState]
+    """`init(params, *args, key=None, model_state=None) -> TrainState`.
+
+    `params` is a tree of parameters, or a `TrainState` that this op joins. Arrays are copied, so that what was given
+    stays alive. With `args`, those of the loss, the loss too is checked here. `key` is for the noise.
+    """
+
+    update: Callable[..., tuple[TrainState, TrainOutput]]
+    """`update(state, *args, **kwargs) -> (state, output)`, jitted; the state is donated, the rest goes to the loss."""
+
+    transformation: optax.GradientTransformationExtraArgs
+    """The same pipeline without the loss, for loops that have gradients already."""
+
+
+class _Settings(NamedTuple):
+    """What concerns the loss and not the pipeline."""
+
+    loss: Callable[..., Any]
+    update_ops: tuple[UpdateOp, ...] | None
+    has_aux: bool
+    axis_name: Any
+    colocates: bool
+
+
+def optimize_loss(
+    loss: Callable[..., Any],
+    global_step: ArrayLike | None,
+    learning_rate: ArrayLike | None,
+    optimizer: Any,
+    gradient_noise_scale: NoiseScale | None = None,
+    gradient_multipliers: Mapping[str, Multiplier] | None = None,
+    clip_gradients: ClipGradients | None = None,
+    learning_rate_decay_fn: DecayFunction | None = None,
+    update_ops: Sequence[UpdateOp] | None = None,
+    variables: Variables | None = None,
+    name: str | None = None,
+    summaries: Sequence[str] | None = None,
+    colocate_gradients_with_ops: bool = False,
+    increment_global_step: bool = True,
+    *,
+    has_aux: bool = False,
+    axis_name: Any = None,
+    nonfinite: str = "skip",
+    key: ArrayLike | None = None,
+) -> TrainOp:
+    """Makes the training update of a loss, whole: one pure, jitted function.
+
+    A step differentiates the loss with respect to the trained parameters and then, in this order, takes the mean over
+    `axis_name`, adds noise, multiplies, clips, lets the optimizer step with the decayed rate, and adds 1 to the step.
+    Every setting is checked here and in `init`; nothing runs and no array is made here.
+
+    Args:
+        loss: Pure function `(params, *args, **kwargs) -> scalar`; with `has_aux`, `-> (scalar, aux)`. With a model
+        state
+            it is `(params, model_state, *args, **kwargs) -> (scalar, model_state)`, or `(scalar, (model_state, aux))`.
+        global_step: Integer to count from, or None for no counter. The decay sees the step before its increment.
+        learning_rate: Number >= 0, scalar array (traced too), or None. It is kept in the state, in float32 or, where
+            parameters are, float64: another one can be put there without a recompilation, or one for each lane of a
+            `vmap`.
+        optimizer: One of `OPTIMIZER_CLS_NAMES`, with the original's numbers; an Optax function's name, such as "adamw";
+            a function of the rate, or of nothing where the rate is None; or a `GradientTransformation`, which the rate
+            then does not concern. One that wants `value`, `grad` or `value_fn` is given them.
+        gradient_noise_scale: Scale of the noise, a number >= 0 or function of the step. See `add_gradient_noise`.
+        gradient_multipliers: Factors by name or pattern of parameters. See `multiply_gradients`.
+        clip_gradients: Largest global norm, a number >= 0; or a transformation, as `adaptive_clipping_fn` makes; or a
+            function from a list of (gradient, parameter) pairs to the same with other gradients.
+        learning_rate_decay_fn: `(learning_rate, global_step) -> learning_rate`; not called where the rate is None.
+        update_ops: Pure functions `(model_state, *args, **kwargs) -> model_state`, run in order before the loss. None
+            takes the model state that the loss returns; `[]` keeps it as it is.
+        variables: What is trained: names and patterns, a function of a name, or a tree of booleans; None is all. The
+            rest has no gradient, noise, norm or slots and stays as it is. Integers are never trained.
+        name: Scope of the op's state and of its tags; None is "OptimizeLoss". Ops that share a state need different
+        ones.
+        summaries: Names from `OPTIMIZER_SUMMARIES`; None is loss, learning_rate and global_gradient_norm.
+        colocate_gradients_with_ops: Holds each gradient to its parameter's sharding.
+        increment_global_step: Whether this op adds 1 to the step.
+        has_aux: Whether the loss returns something besides, which comes out as `output.aux`.
+        axis_name: Name of the axis of a `pmap`, `vmap` or `shard_map` over which gradients, loss, model state and the
+            scalars of aux are averaged.
+        nonfinite: "skip": a step whose loss, gradient norm, update or new state is not finite changes nothing but the
+            count of such steps; "apply": it is applied, as in the original.
+        key: Default for the `key` of `init`, and the seed of `transformation`.
+
+    Returns:
+        A `TrainOp` of `init`, `update` and `transformation`.
+
+    Raises:
+        ValueError: A value that will not do, wherever the original raised it and for nonsense that it let pass.
+        TypeError: A value of the wrong type. Both name the argument, what came and what would do.
+
+    Example:
+        >>> def loss(params, x, y):
+        ...     return jnp.mean((params["w"] * x + params["b"] - y) ** 2)
+        >>> train = optloss.optimize_loss(loss, global_step=0, learning_rate=0.1, optimizer="Adam", clip_gradients=1.0)
+        >>> state = train.init({"w": 0.0, "b": 0.0})
+        >>> x = jnp.arange(4.0)
+        >>> for _ in range(200):
+        ...     state, out = train.update(state, x, 2 * x + 1)
+        >>> print(f"{state.params['w']:.1f} {state.params['b']:.1f} after {state.global_step} steps")
+        2.0 1.0 after 200 steps
+
+    TF1 found parameters, step, update ops and summaries in the graph and returned the loss tensor; here they come
+    and go
+    by the arguments. Optax has no such function: it is `optax.chain` with the order fixed, the norm computed once, and
+    figures as an output.
+
+    Reference:
+        `tf.contrib.layers.optimize_loss`, TensorFlow 1.15.
+    """
+    settings = _check_settings(loss, update_ops, has_aux, axis_name, colocate_gradients_with_ops)
+    pipeline = build_pipeline(
+        global_step,
+        learning_rate,
+        optimizer,
+        gradient_noise_scale,
+        gradient_multipliers,
+        clip_gradients,
+        learning_rate_decay_fn,
+        variables,
+        name,
+        summaries,
+        increment_global_step,
+        nonfinite,
+        key,
+    )
+
+    def init(params: Any, *args: Any, key: ArrayLike | None = None, model_state: Any = None) -> TrainState:
+        state = _initial_state(pipeline, settings, params, model_state, key)
+        _check_state(pipeline, settings, state, args)
+        return state
+
+    def update(state: TrainState, *args: Any, **kwargs: Any) -> tuple[TrainState, TrainOutput]:
+        return _step(pipeline, settings, state, args, kwargs)
+
+    return TrainOp(
+        init,
+        jax.jit(update, donate_argnums=0),
+        as_transformation(pipeline, colocate_gradients=colocate_gradients_with_ops),
+    )
+
+
+def _check_settings(
+    loss: Callable[..., Any],
+    update_ops: Sequence[UpdateOp] | None,
+    has_aux: bool,
+    axis_name: Any,
+    colocate: bool,
+) -> _Settings:
+    """Raises what can be said of the loss and its surroundings before it runs."""
+    if not callable(loss):
+        raise ValueError(
+            f"loss: got {loss!r} of type {type(loss).__name__}; a function (params, *args) -> scalar would do."
+        )
+    check_flag("has_aux", has_aux)
+    check_flag("colocate_gradients_with_ops", colocate)
+    if update_ops is not None:
+        if not isinstance(update_ops, list | tuple):
+            raise TypeError(f"update_ops: got {update_ops!r}; a list of functions of the model state would do.")
+        for op in update_ops:
+            if not callable(op):
+                raise TypeError(f"update_ops: got {op!r} among them; functions of the model state would do.")
+    return _Settings(loss, None if update_ops is None else tuple(update_ops), has_aux, axis_name, colocate)
+
+
+def _initial_state(
+    pipeline: Pipeline, settings: _Settings, params: Any, model_state: Any, key: ArrayLike | None
+) -> TrainState:
+    """A new state, or the given one with this op's part."""
+    if isinstance(params, TrainState):
+        state = params
+        if pipeline.name in state.opt_states:
+            raise ValueError(
+                f"name: the state has an op named {pipeline.name!r} already; another name for this one would do."
+            )
+        if model_state is not None and state.model_state is not None:
+            raise ValueError("model_state: the state that is joined has one already; None would do.")
+        if state.global_step is None:
+            state = state._replace(global_step=initial_step(pipeline.global_step))
+        if model_state is not None:
+            state = state._replace(model_state=_own("model_state", model_state))
+    else:
+        step = initial_step(pipeline.global_step)
+        state = TrainState(step, _own("params", params), _own("model_state", model_state), {})
+    if settings.update_ops and state.model_state is None:
+        raise ValueError("update_ops: there is no model state for them; init(params, model_state=...) would do.")
+    opt_state = _unshared(init_stages(pipeline, state.params, key), state)
+    return state._replace(opt_states={**state.opt_states, pipeline.name: opt_state})
+
+
+def _own(argument: str, tree: Any) -> Any:
+    """Copies of the arrays of a tree: the update donates its state, and what the user holds must stay alive."""
+
+    def copy(leaf: Any) -> jax.Array:
+        try:
+            return strong_array(jnp.array(leaf, copy=True))
+        except (TypeError, ValueError) as error:
+            raise TypeError(
+                f"{argument}: got {leaf!r} of type {type(leaf).__name__} among the leaves; arrays and numbers would do."
+            ) from error
+
+    return jax.tree.map(copy, tree)
+
+
+def _unshared(tree: Any, state: TrainState) -> Any:
+    """The tree with a copy for each array that stands in it, or in the state, before: none can be donated twice."""
+    seen = {id(leaf) for leaf in jax.tree.leaves(state)}
+
+    def once(leaf: jax.Array) -> jax.Array:
+        if id(leaf) in seen:
+            leaf = jnp.array(leaf, copy=True)
+        seen.add(id(leaf))
+        return leaf
+
+    return jax.tree.map(once, tree)
+
+
+def _check_state(pipeline: Pipeline, settings: _Settings, state: TrainState, args: tuple[Any, ...]) -> None:
+    """Traces a step, of the whole where the loss has its arguments, so that what is wrong is said now."""
+    if not args:
+        opt_state = state.opt_states[pipeline.name]
+        zero = jnp.zeros((), jnp.float32)
+        jax.eval_shape(lambda: dry_run(pipeline, state.params, opt_state, state.global_step, zero))
+        return
+    alone = settings._replace(axis_name=None)  # there need be no axis here
+    jax.eval_shape(lambda state, args: _step(pipeline, alone, state, args, {}), state, args)
+    selected = select_parameters(pipeline.variables, state.params)
+    value = _loss_of_trained(alone, state.params, selected, state.model_state, args, {})
+    if not _depends(lambda trained: value(trained)[0], keep(state.params, selected)):
+        names = [n for n, chosen in zip(parameter_names(state.params), selected, strict=True) if chosen]
+        raise ValueError(
+            f"loss: No gradients provided for any variable: {describe(settings.loss)} does not depend on {names}."
+        )
+
+
+def _depends(function: Callable[[Any], jax.Array], argument: Any) -> bool:
+    """Whether the result of a function hangs on its argument, as far as its operations show."""
+    jaxpr = jax.make_jaxpr(function)(argument).jaxpr
+    reached = {id(variable) for variable in jaxpr.invars}
+    for equation in jaxpr.eqns:
+        if any(id(variable) in reached for variable in equation.invars):
+            reached.update(id(variable) for variable in equation.outvars)
+    return any(id(variable) in reached for variable in jaxpr.outvars)
+
+
+def _step(
+    pipeline: Pipeline, settings: _Settings, state: TrainState, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[TrainState, TrainOutput]:
+    """One training step."""
+    opt_state = _op_state(pipeline, state)
+    selected = select_parameters(pipeline.variables, state.params)
+    trained = keep(state.params, selected)
+    model_state = state.model_state
+    for op in settings.update_ops or ():
+        model_state = keep_types("update_ops", op(model_state, *args, **kwargs), state.model_state)
+    value = _loss_of_trained(settings, state.params, selected, model_state, args, kwargs)
+    (loss, (model_state, aux)), gradients = jax.value_and_grad(value, has_aux=True)(trained)
+    loss, gradients, model_state = _mean((loss, gradients, model_state), settings.axis_name)
+    aux = _mean(aux, settings.axis_name, scalars_only=True)
+    if settings.colocates:
+        gradients = colocate(gradients, trained)
+    result = run_stages(
+        pipeline,
+        gradients,
+        opt_state,
+        trained,
+        state.global_step,
+        loss,
+        value=loss,
+        grad=gradients,
+        value_fn=lambda trained: _mean(value(trained)[0], settings.axis_name),
+    )
+    params = merge(optax.apply_updates(trained, result.updates), state.params, selected)
+    finite = result.finite & all_finite(model_state)
+    opt_states = {**state.opt_states, pipeline.name: result.state}
+    new_state = TrainState(next_step(state.global_step, pipeline), params, model_state, opt_states)
+    if pipeline.skips_nonfinite:
+        new_state = choose(finite, new_state, state)
+    nonfinite_steps = opt_state.nonfinite_steps + (~finite).astype(jnp.int32)
+    opt_states = dict(new_state.opt_states)
+    opt_states[pipeline.name] = opt_states[pipeline.name]._replace(nonfinite_steps=nonfinite_steps)
+    output = TrainOutput(loss, aux, result.summaries(nonfinite_steps))
+    return new_state._replace(opt_states=opt_states), output
+
+
+def _op_state(pipeline: Pipeline, state: TrainState) -> OptState:
+    if not isinstance(state, TrainState):
+        raise TypeError(f"state: got {type(state).__name__}; the TrainState that init or update gave would do.")
+    if pipeline.name not in state.opt_states:
+        raise ValueError(
+            f"state: it has no op named {pipeline.name!r}, only {list(state.opt_states)}; init(state) joins it."
+        )
+    return state.opt_states[pipeline.name]
+
+
+def _loss_of_trained(
+    settings: _Settings,
+    params: Any,
+    selected: list[bool],
+    model_state: Any,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+) -> Callable[[Any], tuple[jax.Array, tuple[Any, Any]]]:
+    """The loss as a function of the trained parameters, to `(loss, (model_state, aux))`."""
+
+    def value(trained: Any) -> tuple[jax.Array, tuple[Any, Any]]:
+        states = () if model_state is None else (model_state,)
+        result = settings.loss(merge(trained, params, selected), *states, *args, **kwargs)
+        loss, returned, aux = _take_apart(settings, result, model_state)
+        _check_loss(settings, loss)
+        if model_state is None or settings.update_ops is not None:
+            return loss, (model_state, aux)
+        return loss, (keep_types("loss", returned, model_state), aux)
+
+    return value
+
+
+def _take_apart(settings: _Settings, result: Any, model_state: Any) -> tuple[Any, Any, Any]:
+    """The loss, the model state and the aux of what the loss function returned."""
+    is_pair = isinstance(result, tuple) and len(result) == 2
+    if model_state is None:
+        if not settings.has_aux:
+            return result, None, None
+        if is_pair:
+            return result[0], None, result[1]
+        wanted = "(scalar, aux)"
+    elif not settings.has_aux:
+        if is_pair:
+            return result[0], result[1], None
+        if settings.update_ops is not None:  # then the model state it returns would be dropped
+            return result, None, None
+        wanted = "(scalar, model_state)"
+    else:
+        if is_pair and isinstance(result[1], tuple) and len(result[1]) == 2:
+            return result[0], *result[1]
+        wanted = "(scalar, (model_state, aux))"
+    raise ValueError(f"loss: {describe(settings.loss)} returned {_brief(result)}; {wanted} would do.")
+
+
+def _check_loss(settings: _Settings, loss: Any) -> None:
+    """Raises the ValueError that the original raised for what is no scalar."""
+    if isinstance(loss, int | float) and not isinstance(loss, bool):
+        raise ValueError(
+            f"loss: {describe(settings.loss)} returned {loss!r}. No gradients provided for any variable: a "
+            "Python number "
+            "depends on no parameter."
+        )
+    is_real = hasattr(loss, "dtype") and jnp.issubdtype(loss.dtype, jnp.floating)
+    if not is_real or loss.shape != ():
+        hint = " Is has_aux=True missing?" if isinstance(loss, tuple) else " Take its mean?" if is_real else ""
+        raise ValueError(
+            f"loss: {describe(settings.loss)} returned {_brief(loss)}; a real scalar array would do.{hint}"
+        )
+
+
+def _brief(tree: Any) -> str:
+    """A tree with the type of each array in its place."""
+    return str(jax.tree.map(lambda leaf: jax.typeof(leaf) if hasattr(leaf, "dtype") else leaf, tree))
+
+
+def _mean(tree: Any, axis_name: Any, *, scalars_only: bool = False) -> Any:
+    """The mean over an axis of the real leaves of a tree; the same tree where there is no axis."""
+    if axis_name is None:
+        return tree
+
+    def mean(leaf: Any) -> Any:
+        is_real = hasattr(leaf, "dtype") and jnp.issubdtype(leaf.dtype, jnp.inexact)
+        return jax.lax.pmean(leaf, axis_name) if is_real and not (scalars_only and leaf.shape) else leaf
+
+    return jax.tree.map(mean, tree)

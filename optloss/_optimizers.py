@@ -1,0 +1,486 @@
+"""The six optimizers of the original, to its numbers."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple, TypeAlias
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.typing import ArrayLike
+
+from optloss._check import check_arity, check_number
+from optloss._numerics import compute_dtype, sqrt
+
+__all__ = [
+    "AdagradState",
+    "AdamState",
+    "FtrlState",
+    "LearningRate",
+    "MomentumState",
+    "RMSPropState",
+    "adagrad",
+    "adam",
+    "ftrl",
+    "momentum",
+    "rmsprop",
+    "sgd",
+]
+
+LearningRate: TypeAlias = ArrayLike | Callable[[jax.Array], ArrayLike]
+
+
+def sgd(learning_rate: LearningRate) -> optax.GradientTransformation:
+    """Gradient descent.
+
+        w <- w - learning_rate * g
+
+    Args:
+        learning_rate: A number >= 0, a scalar array, or a function of the number of the step.
+
+    Returns:
+        A transformation without slots.
+
+    Raises:
+        ValueError: `learning_rate` is negative, not finite or no scalar.
+
+    Example:
+        >>> updates, _ = optloss.sgd(0.1).update({"w": jnp.ones(2)}, optax.EmptyState())
+        >>> updates["w"]
+        Array([-0.1, -0.1], dtype=float32)
+
+    As `tf.train.GradientDescentOptimizer`, and to the bit `optax.sgd`.
+    """
+
+    def update_fn(
+        rate: jax.Array, updates: optax.Updates, state: optax.EmptyState, params: optax.Params | None
+    ) -> tuple[optax.Updates, optax.EmptyState]:
+        del params
+
+        def rule(g: jax.Array) -> tuple[jax.Array]:
+            return (-rate.astype(g.dtype) * g,)
+
+        (updates,) = _leafwise(rule, updates)
+        return updates, state
+
+    return _optimizer(learning_rate, lambda params: optax.EmptyState(), update_fn)
+
+
+class MomentumState(NamedTuple):
+    """State of `momentum`."""
+
+    accumulator: optax.Updates  # like the parameters
+
+
+def momentum(
+    learning_rate: LearningRate, momentum: ArrayLike, use_nesterov: bool = False
+) -> optax.GradientTransformation:
+    """Gradient descent with momentum.
+
+        a <- momentum * a + g
+        w <- w - learning_rate * a,        or, Nesterov's, w - learning_rate * (g + momentum * a)
+
+    Args:
+        learning_rate: A number >= 0, a scalar array, or a function of the number of the step.
+        momentum: Decay of the accumulator, >= 0.
+        use_nesterov: Whether the step looks ahead.
+
+    Returns:
+        A transformation with one slot, `accumulator`.
+
+    Raises:
+        ValueError: A number out of its bounds.
+
+    Example:
+        >>> train = optloss.optimize_loss(
+        ...     lambda w: w**2, 0, 0.1, lambda rate: optloss.momentum(rate, momentum=0.5, use_nesterov=True)
+        ... )
+
+    As `tf.train.MomentumOptimizer`, and to rounding `optax.sgd(learning_rate, momentum, nesterov)`. "Momentum" by name
+    is a momentum of 0.9.
+
+    Reference:
+        Sutskever et al., On the importance of initialization and momentum in deep learning, 2013.
+    """
+    decay = check_number("momentum", momentum, at_least=0)
+
+    def init_fn(params: optax.Params) -> MomentumState:
+        return MomentumState(_slots(params, 0.0))
+
+    def update_fn(
+        rate: jax.Array, updates: optax.Updates, state: MomentumState, params: optax.Params | None
+    ) -> tuple[optax.Updates, MomentumState]:
+        del params
+
+        def rule(g: jax.Array, a: jax.Array) -> tuple[jax.Array, jax.Array]:
+            lr, mu = rate.astype(a.dtype), jnp.asarray(decay, a.dtype)
+            a = mu * a + g
+            return -lr * (g + mu * a) if use_nesterov else -lr * a, a
+
+        updates, accumulator = _leafwise(rule, updates, state.accumulator)
+        return updates, MomentumState(accumulator)
+
+    return _optimizer(learning_rate, init_fn, update_fn)
+
+
+class AdagradState(NamedTuple):
+    """State of `adagrad`."""
+
+    accumulator: optax.Updates  # like the parameters
+
+
+def adagrad(learning_rate: LearningRate, initial_accumulator_value: ArrayLike = 0.1) -> optax.GradientTransformation:
+    """Gradient descent with rates that fall as squared gradients add up.
+
+        a <- a + g ** 2
+        w <- w - learning_rate * g / sqrt(a)
+
+    Args:
+        learning_rate: A number >= 0, a scalar array, or a function of the number of the step.
+        initial_accumulator_value: Where a starts, > 0. There is no epsilon.
+
+    Returns:
+        A transformation with one slot, `accumulator`.
+
+    Raises:
+        ValueError: A number out of its bounds.
+
+    Example:
+        >>> updates, state = (tx := optloss.adagrad(0.1)).update({"w": jnp.ones(1)}, tx.init({"w": jnp.ones(1)}))
+        >>> print(f"{updates['w'][0]:.5f} {state.accumulator['w'][0]:.1f}")
+        -0.09535 1.1
+
+    As `tf.train.AdagradOptimizer`. `optax.adagrad` adds an epsilon of 1e-7 under the root.
+
+    Reference:
+        Duchi et al., Adaptive Subgradient Methods for Online Learning and Stochastic Optimization, 2011.
+    """
+    start = check_number("initial_accumulator_value", initial_accumulator_value, above=0)
+
+    def init_fn(params: optax.Params) -> AdagradState:
+        return AdagradState(_slots(params, start))
+
+    def update_fn(
+        rate: jax.Array, updates: optax.Updates, state: AdagradState, params: optax.Params | None
+    ) -> tuple[optax.Updates, AdagradState]:
+        del params
+
+        def rule(g: jax.Array, a: jax.Array) -> tuple[jax.Array, jax.Array]:
+            a = a + g * g
+            return -rate.astype(a.dtype) * g / jnp.sqrt(a), a
+
+        updates, accumulator = _leafwise(rule, updates, state.accumulator)
+        return updates, AdagradState(accumulator)
+
+    return _optimizer(learning_rate, init_fn, update_fn)
+
+
+class AdamState(NamedTuple):
+    """State of `adam`."""
+
+    m: optax.Updates  # like the parameters: average of the gradients
+    v: optax.Updates  # like the parameters: average of their squares
+    beta1_power: jax.Array  # shape=(), float32: beta1 to the power of the next step, counted from 1
+    beta2_power: jax.Array  # shape=(), float32: beta2 to the same power
+
+
+def adam(
+    learning_rate: LearningRate, beta1: ArrayLike = 0.9, beta2: ArrayLike = 0.999, epsilon: ArrayLike = 1e-8
+) -> optax.GradientTransformation:
+    """Adam with TF1's place for epsilon.
+
+        m <- m + (1 - beta1) * (g - m)
+        v <- v + (1 - beta2) * (g ** 2 - v)
+        w <- w - learning_rate * sqrt(1 - beta2 ** t) / (1 - beta1 ** t) * m / (sqrt(v) + epsilon)
+
+    Args:
+        learning_rate: A number >= 0, a scalar array, or a function of the number of the step.
+        beta1: Decay of the average of gradients, from 0 to below 1.
+        beta2: Decay of the average of their squares, from 0 to below 1.
+        epsilon: Added to the root, >= 0; the paper's "epsilon hat", not corrected for the start.
+
+    Returns:
+        A transformation with two slots, `m` and `v`, and the powers of the betas, float32 as in TF1.
+
+    Raises:
+        ValueError: A number out of its bounds.
+
+    Example:
+        >>> updates, _ = (tx := optloss.adam(0.1)).update({"w": jnp.ones(1)}, tx.init({"w": jnp.ones(1)}))
+        >>> print(f"{updates['w'][0]:.5f}")
+        -0.10000
+
+    As `tf.train.AdamOptimizer`, but slots of 16-bit parameters are float32: in float16 TF1's epsilon became 0, and in
+    bfloat16 its beta2 became 1. `optax.adam` corrects epsilon too, which is a larger step where gradients are small:
+    -9.9e-4 against TF1's -7.6e-4 at a rate of 1e-3 and a first gradient of 1e-6.
+
+    Reference:
+        Kingma and Ba, Adam: A Method for Stochastic Optimization, 2014, the last lines of section 2.
+    """
+    b1 = check_number("beta1", beta1, at_least=0, at_most=1)
+    b2 = check_number("beta2", beta2, at_least=0, at_most=1)
+    eps = check_number("epsilon", epsilon, at_least=0)
+    if 1.0 in (b1, b2):
+        raise ValueError(f"{'beta1' if b1 == 1.0 else 'beta2'}: got 1; a finite number >= 0 and < 1 would do.")
+
+    def init_fn(params: optax.Params) -> AdamState:
+        powers = jnp.asarray(b1, jnp.float32), jnp.asarray(b2, jnp.float32)
+        return AdamState(_slots(params, 0.0), _slots(params, 0.0), *powers)
+
+    def update_fn(
+        rate: jax.Array, updates: optax.Updates, state: AdamState, params: optax.Params | None
+    ) -> tuple[optax.Updates, AdamState]:
+        del params
+
+        def rule(g: jax.Array, m: jax.Array, v: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+            power1, power2 = state.beta1_power.astype(m.dtype), state.beta2_power.astype(m.dtype)
+            alpha = rate.astype(m.dtype) * jnp.sqrt(1 - power2) / (1 - power1)
+            # TF1: 1 - beta in the slots' dtype, as the powers have it; 1 - 0.999 differs from float32(0.001) by 1e-5.
+            m = m + (g - m) * (1 - jnp.asarray(b1, m.dtype))
+            v = v + (g * g - v) * (1 - jnp.asarray(b2, v.dtype))
+            return -alpha * m / (sqrt(v) + jnp.asarray(eps, v.dtype)), m, v
+
+        updates, m, v = _leafwise(rule, updates, state.m, state.v)
+        power1 = state.beta1_power * jnp.asarray(b1, jnp.float32)
+        power2 = state.beta2_power * jnp.asarray(b2, jnp.float32)
+        return updates, AdamState(m, v, power1, power2)
+
+    return _optimizer(learning_rate, init_fn, update_fn)
+
+
+class RMSPropState(NamedTuple):
+    """State of `rmsprop`."""
+
+    mean_square: optax.Updates  # like the parameters
+    momentum: optax.Updates | None  # like the parameters; None where the momentum is 0
+    mean_gradient: optax.Updates | None  # like the parameters; None where it is not centred
+
+
+def rmsprop(
+    learning_rate: LearningRate,
+    decay: ArrayLike = 0.9,
+    momentum: ArrayLike = 0.0,
+    epsilon: ArrayLike = 1e-10,
+    centered: bool = False,
+) -> optax.GradientTransformation:
+    """Gradient descent on gradients divided by their moving root mean square.
+
+        ms  <- ms + (1 - decay) * (g ** 2 - ms),        from 1
+        mom <- momentum * mom + learning_rate * g / sqrt(ms + epsilon)
+        w   <- w - mom
+
+    centred: mg <- mg + (1 - decay) * (g - mg), and ms - mg ** 2 in place of ms under the root.
+
+    Args:
+        learning_rate: A number >= 0, a scalar array, or a function of the number of the step.
+        decay: Decay of the averages, from 0 to 1.
+        momentum: Decay of the momentum, >= 0.
+        epsilon: Added under the root, > 0.
+        centered: Whether the variance stands in place of the mean square.
+
+    Returns:
+        A transformation with up to three slots.
+
+    Raises:
+        ValueError: A number out of its bounds.
+
+    Example:
+        >>> updates, _ = (tx := optloss.rmsprop(0.1)).update({"w": jnp.ones(1)}, tx.init({"w": jnp.ones(1)}))
+        >>> print(f"{updates['w'][0]:.5f}")
+        -0.10000
+
+    As `tf.train.RMSPropOptimizer`, and to rounding `optax.rmsprop(..., initial_scale=1, eps=1e-10)`; Optax's own
+    defaults, an average from 0 and 1e-8, make a first step 6 times as long.
+
+    Reference:
+        Tieleman and Hinton, lecture 6.5 of Neural Networks for Machine Learning, 2012; Graves, Generating Sequences
+        With Recurrent Neural Networks, 2013, for the centred form.
+    """
+    decay = check_number("decay", decay, at_least=0, at_most=1)
+    mu = check_number("momentum", momentum, at_least=0)
+    eps = check_number("epsilon", epsilon, above=0)
+    has_momentum = not (isinstance(mu, float) and mu == 0)
+
+    def init_fn(params: optax.Params) -> RMSPropState:
+        return RMSPropState(
+            _slots(params, 1.0),
+            _slots(params, 0.0) if has_momentum else None,
+            _slots(params, 0.0) if centered else None,
+        )
+
+    def update_fn(
+        rate: jax.Array, updates: optax.Updates, state: RMSPropState, params: optax.Params | None
+    ) -> tuple[optax.Updates, RMSPropState]:
+        del params
+
+        trees = {name: tree for name, tree in state._asdict().items() if tree is not None}
+
+        def rule(g: jax.Array, ms: jax.Array, *others: jax.Array) -> tuple[jax.Array, ...]:
+            slots = dict(zip(list(trees)[1:], others, strict=True))
+            keep = 1 - jnp.asarray(decay, ms.dtype)
+            ms = ms + (g * g - ms) * keep
+            spread = ms
+            if centered:
+                mg = slots["mean_gradient"] = slots["mean_gradient"] + (g - slots["mean_gradient"]) * keep
+                spread = jnp.maximum(ms - mg * mg, 0)  # rounding alone makes it negative
+            step = rate.astype(ms.dtype) * g / jnp.sqrt(spread + jnp.asarray(eps, ms.dtype))
+            if has_momentum:
+                step = slots["momentum"] = jnp.asarray(mu, ms.dtype) * slots["momentum"] + step
+            return -step, ms, *slots.values()
+
+        updates, *new = _leafwise(rule, updates, *trees.values())
+        return updates, state._replace(**dict(zip(trees, new, strict=True)))
+
+    return _optimizer(learning_rate, init_fn, update_fn)
+
+
+class FtrlState(NamedTuple):
+    """State of `ftrl`."""
+
+    accumulator: optax.Updates  # like the parameters: n, squared gradients added up
+    linear: optax.Updates  # like the parameters: z
+
+
+def ftrl(
+    learning_rate: LearningRate,
+    learning_rate_power: ArrayLike = -0.5,
+    initial_accumulator_value: ArrayLike = 0.1,
+    l1_regularization_strength: ArrayLike = 0.0,
+    l2_regularization_strength: ArrayLike = 0.0,
+    l2_shrinkage_regularization_strength: ArrayLike = 0.0,
+) -> optax.GradientTransformation:
+    """Follow the regularised leader: weights worked out anew from all gradients so far.
+
+    With p = learning_rate_power:
+
+        n' = n + g ** 2
+        z <- z + g + 2 * shrinkage * w - (n' ** -p - n ** -p) / learning_rate * w
+        w <- 0 where |z| <= l1, else (l1 * sign(z) - z) / (n' ** -p / learning_rate + 2 * l2)
+
+    The leader starts from the origin: the old weight enters through z alone, so that a first gradient of 0 sets the
+    weight to 0 and small ones nearly so. It is an optimizer for linear models that start from 0.
+
+    Args:
+        learning_rate: A number > 0, a scalar array, or a function of the number of the step.
+        learning_rate_power: p, <= 0; 0 is a rate that does not fall.
+        initial_accumulator_value: Where n starts, >= 0.
+        l1_regularization_strength: l1, >= 0; makes weights exactly 0.
+        l2_regularization_strength: l2, >= 0.
+        l2_shrinkage_regularization_strength: shrinkage, >= 0; a penalty on the size of the weights.
+
+    Returns:
+        A transformation with two slots, `accumulator` and `linear`. Its `update` needs the parameters.
+
+    Raises:
+        ValueError: A number out of its bounds; at `update`, no parameters.
+
+    Example:
+        >>> params = {"w": jnp.ones(2)}
+        >>> tx = optloss.ftrl(0.1, l1_regularization_strength=0.01)
+        >>> updates, state = tx.update({"w": jnp.array([1.0, -1.0])}, tx.init(params), params)
+
+    As `tf.train.FtrlOptimizer`. Optax has none.
+
+    Reference:
+        McMahan et al., Ad Click Prediction: a View from the Trenches, 2013.
+    """
+    power = check_number("learning_rate_power", learning_rate_power, at_most=0)
+    start = check_number("initial_accumulator_value", initial_accumulator_value, at_least=0)
+    l1 = check_number("l1_regularization_strength", l1_regularization_strength, at_least=0)
+    l2 = check_number("l2_regularization_strength", l2_regularization_strength, at_least=0)
+    shrinkage = check_number("l2_shrinkage_regularization_strength", l2_shrinkage_regularization_strength, at_least=0)
+    if isinstance(learning_rate, int | float) and learning_rate == 0:
+        raise ValueError("learning_rate: got 0, by which Ftrl divides; a finite number > 0 would do.")
+
+    def init_fn(params: optax.Params) -> FtrlState:
+        return FtrlState(_slots(params, start), _slots(params, 0.0))
+
+    def update_fn(
+        rate: jax.Array, updates: optax.Updates, state: FtrlState, params: optax.Params | None
+    ) -> tuple[optax.Updates, FtrlState]:
+        if params is None:
+            raise ValueError("params: got None; Ftrl's update needs the parameters: update(updates, state, params).")
+
+        def rule(g: jax.Array, n: jax.Array, z: jax.Array, w: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+            lr, w = rate.astype(n.dtype), w.astype(n.dtype)
+            new_n = n + g * g
+            root, new_root = _to_the_minus(power, n), _to_the_minus(power, new_n)
+            z = z + g + 2 * jnp.asarray(shrinkage, n.dtype) * w - (new_root - root) / lr * w
+            bound = jnp.asarray(l1, n.dtype)
+            outside = jnp.abs(z) > bound
+            divisor = jnp.where(outside, new_root / lr + 2 * jnp.asarray(l2, n.dtype), 1)
+            new_w = jnp.where(outside, (bound * jnp.sign(z) - z) / divisor, 0)
+            return new_w - w, new_n, z
+
+        updates, accumulator, linear = _leafwise(rule, updates, state.accumulator, state.linear, given=(params,))
+        return updates, FtrlState(accumulator, linear)
+
+    return _optimizer(learning_rate, init_fn, update_fn)
+
+
+def _to_the_minus(power: ArrayLike, n: jax.Array) -> jax.Array:
+    """Raises n to the power -power, by a square root for the usual one."""
+    if isinstance(power, float) and power == -0.5:
+        return sqrt(n)
+    return n ** -jnp.asarray(power, n.dtype)
+
+
+class ScheduledState(NamedTuple):
+    """State of an optimizer whose rate is a function of the step."""
+
+    step: jax.Array  # shape=(), int32: the steps so far
+    optimizer: optax.OptState
+
+
+def _optimizer(
+    learning_rate: LearningRate,
+    init_fn: Callable[[optax.Params], Any],
+    update_fn: Callable[[jax.Array, optax.Updates, Any, optax.Params | None], tuple[optax.Updates, Any]],
+) -> optax.GradientTransformation:
+    """Makes the transformation of a rule that takes the rate of the step."""
+    if callable(learning_rate):
+        check_arity("learning_rate", learning_rate, ["count"])
+
+        def scheduled_init(params: optax.Params) -> ScheduledState:
+            return ScheduledState(jnp.zeros((), jnp.int32), init_fn(params))
+
+        def scheduled_update(
+            updates: optax.Updates, state: ScheduledState, params: optax.Params | None = None
+        ) -> tuple[optax.Updates, ScheduledState]:
+            rate = jnp.asarray(learning_rate(state.step))
+            updates, inner = update_fn(rate, updates, state.optimizer, params)
+            return updates, ScheduledState(optax.safe_increment(state.step), inner)
+
+        return optax.GradientTransformation(scheduled_init, scheduled_update)
+    rate = check_number("learning_rate", learning_rate, at_least=0, wrong_type=ValueError)
+
+    def constant_update(
+        updates: optax.Updates, state: Any, params: optax.Params | None = None
+    ) -> tuple[optax.Updates, Any]:
+        widest = compute_dtype(*(leaf.dtype for leaf in jax.tree.leaves(updates)))
+        return update_fn(jnp.asarray(rate, widest), updates, state, params)
+
+    return optax.GradientTransformation(init_fn, constant_update)
+
+
+def _slots(params: optax.Params, value: ArrayLike) -> optax.Updates:
+    """A slot for each parameter, filled with `value`, in the dtype in which its step is computed."""
+    return jax.tree.map(lambda leaf: jnp.full_like(leaf, value, dtype=compute_dtype(leaf.dtype)), params)
+
+
+def _leafwise(
+    rule: Callable[..., tuple[jax.Array, ...]], updates: optax.Updates, *slots: Any, given: tuple[Any, ...] = ()
+) -> tuple[Any, ...]:
+    """Applies a rule from (gradient, slots..., given...) to (update, new slots...) to each leaf.
+
+    It computes in the slots' dtype; the update leaves in the gradient's.
+    """
+    gradients, treedef = jax.tree.flatten(updates)
+    columns = [jax.tree.leaves(tree) for tree in (*slots, *given)]
+    rows = []
+    for gradient, *others in zip(gradients, *columns, strict=True):
+        dtype = others[0].dtype if others else compute_dtype(gradient.dtype)
+        update, *rest = rule(gradient.astype(dtype), *others)
+        rows.append((update.astype(gradient.dtype), *rest))
+    if not rows:
+        return updates, *slots
+    return tuple(jax.tree.unflatten(treedef, column) for column in zip(*rows, strict=True))

@@ -1,0 +1,374 @@
+"""The pipeline of a step: noise, multipliers, clip, optimizer and their figures, built once for both faces."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.experimental.shard_alike import shard_alike
+from jax.typing import ArrayLike
+
+from optloss._check import check_choice
+from optloss._clipping import AdaptiveClippingState, ClipByFactor, ClipGradients, clip_stage
+from optloss._learning_rate import DecayFunction, check_decay, check_learning_rate, decayed_rate
+from optloss._multipliers import Multiplier, multiply_gradients
+from optloss._names import Variables, check_variables, parameter_names, select_parameters
+from optloss._noise import NoiseScale, add_gradient_noise, check_key, check_noise_scale, scoped_key
+from optloss._numerics import compute_dtype, leaf_norms, scale_tree
+from optloss._optimizer_forms import OptimizerFunction, optimizer_function
+from optloss._summaries import StepFigures, Summaries, check_summaries, summarize
+
+__all__ = [
+    "OptState",
+    "Pipeline",
+    "StepResult",
+    "all_finite",
+    "build_pipeline",
+    "check_flag",
+    "choose",
+    "colocate",
+    "dry_run",
+    "init_stages",
+    "initial_step",
+    "keep",
+    "keep_types",
+    "merge",
+    "next_step",
+    "run_stages",
+    "strong_array",
+]
+
+
+class OptState(NamedTuple):
+    """What one train op carries from step to step."""
+
+    learning_rate: jax.Array | None  # shape=(), before its decay; may be changed between steps
+    noise: optax.OptState  # a GradientNoiseState where there is noise
+    multipliers: optax.OptState
+    clip: optax.OptState  # an AdaptiveClippingState for adaptive clipping
+    optimizer: optax.OptState
+    nonfinite_steps: jax.Array  # shape=(), int32: steps that changed nothing, since something was not finite
+
+
+class StepResult(NamedTuple):
+    """What the pipeline makes of gradients."""
+
+    updates: optax.Updates
+    state: OptState
+    summaries: Callable[[jax.Array], Summaries]  # of the new count of non-finite steps
+    finite: jax.Array  # shape=(), bool
+
+
+class Pipeline(NamedTuple):
+    """The checked settings of a train op. Trees of trained parameters have None in the other places."""
+
+    name: str
+    global_step: int | jax.Array | None
+    learning_rate: ArrayLike | None
+    noise: Callable[[ArrayLike], optax.GradientTransformationExtraArgs] | None  # of the key
+    multiply: optax.GradientTransformationExtraArgs
+    clip: optax.GradientTransformationExtraArgs | None
+    learning_rate_decay_fn: DecayFunction | None
+    optimizer: OptimizerFunction
+    variables: Variables | None
+    summaries: tuple[str, ...]
+    increment_global_step: bool
+    skips_nonfinite: bool
+    key: ArrayLike | None
+
+
+def build_pipeline(
+    global_step: ArrayLike | None,
+    learning_rate: ArrayLike | None,
+    optimizer: Any,
+    gradient_noise_scale: NoiseScale | None,
+    gradient_multipliers: Mapping[str, Multiplier] | None,
+    clip_gradients: ClipGradients | None,
+    learning_rate_decay_fn: DecayFunction | None,
+    variables: Variables | None,
+    name: str | None,
+    summaries: Sequence[str] | None,
+    increment_global_step: bool,
+    nonfinite: str,
+    key: ArrayLike | None,
+) -> Pipeline:
+    """Checks every setting and builds the stages of the step. Makes no array."""
+    rate = None if learning_rate is None else check_learning_rate("learning_rate", learning_rate)
+    if rate is None:
+        learning_rate_decay_fn = None  # as in TF1, where it is not called without a rate
+    elif learning_rate_decay_fn is not None and global_step is None:
+        raise ValueError("global_step: global_step is required for learning_rate_decay_fn; an integer would do.")
+    check_decay("learning_rate_decay_fn", learning_rate_decay_fn)
+    check_variables(variables)
+    if key is not None:
+        check_key("key", key)
+    multiply = optax.identity() if gradient_multipliers is None else multiply_gradients(gradient_multipliers)
+    return Pipeline(
+        name=_check_name(name),
+        global_step=_check_global_step(global_step),
+        learning_rate=rate,
+        noise=_noise_stage(gradient_noise_scale),
+        multiply=optax.with_extra_args_support(multiply),
+        clip=clip_stage(clip_gradients),
+        learning_rate_decay_fn=learning_rate_decay_fn,
+        optimizer=optimizer_function(optimizer, rate),
+        variables=variables,
+        summaries=check_summaries(summaries),
+        increment_global_step=check_flag("increment_global_step", increment_global_step),
+        skips_nonfinite=check_choice("nonfinite", nonfinite, ("skip", "apply")) == "skip",
+        key=key,
+    )
+
+
+def init_stages(pipeline: Pipeline, params: optax.Params, key: ArrayLike | None) -> OptState:
+    """Returns the state of every stage for these parameters."""
+    trained = keep(params, select_parameters(pipeline.variables, params))
+    widest = compute_dtype(*(leaf.dtype for leaf in jax.tree.leaves(trained)))
+    rate = None if pipeline.learning_rate is None else jnp.asarray(pipeline.learning_rate, widest)
+    state = OptState(
+        learning_rate=rate,
+        noise=_init_noise(pipeline, trained, pipeline.key if key is None else key),
+        multipliers=pipeline.multiply.init(params),  # all of them: a multiplier may name what is not trained here
+        clip=optax.EmptyState() if pipeline.clip is None else pipeline.clip.init(trained),
+        optimizer=pipeline.optimizer(rate).init(trained),
+        nonfinite_steps=jnp.zeros((), jnp.int32),
+    )
+    return OptState(*jax.tree.map(strong_array, tuple(state)))
+
+
+def _init_noise(pipeline: Pipeline, trained: optax.Params, key: ArrayLike | None) -> optax.OptState:
+    if pipeline.noise is None:
+        return optax.EmptyState()
+    if key is None:
+        raise ValueError(
+            "key: got None, but gradient_noise_scale needs one; a seed would do: init(params, key=0), or key=0 where "
+            "the op is built."
+        )
+    check_key("key", key)
+    return pipeline.noise(scoped_key(key, pipeline.name)).init(trained)
+
+
+def run_stages(
+    pipeline: Pipeline,
+    gradients: optax.Updates,
+    state: OptState,
+    params: optax.Params,
+    global_step: jax.Array | None,
+    loss: jax.Array | None,
+    **extra_args: Any,
+) -> StepResult:
+    """Makes updates of gradients, in the original's order; `params` are the trained ones."""
+    if global_step is not None:
+        extra_args["global_step"] = global_step
+    noisy, noise = gradients, state.noise
+    if pipeline.noise is not None:
+        noisy, noise = pipeline.noise(0).update(gradients, state.noise, params, **extra_args)  # the key is in the state
+    multiplied, multipliers = pipeline.multiply.update(noisy, state.multipliers, params, **extra_args)
+    clipped, clip, norms = _clip(pipeline.clip, multiplied, state.clip, params, extra_args)
+    rate = state.learning_rate
+    if rate is not None:
+        rate = decayed_rate(rate, global_step, pipeline.learning_rate_decay_fn)
+    updates, optimizer = pipeline.optimizer(rate).update(clipped, state.optimizer, params, **extra_args)
+    updates = jax.tree.map(lambda update, gradient: update.astype(gradient.dtype), updates, gradients)
+    new_state = state._replace(
+        noise=noise,
+        multipliers=multipliers,
+        clip=keep_types("clip_gradients", clip, state.clip),
+        optimizer=keep_types("optimizer", optimizer, state.optimizer),
+    )
+    finite = jnp.isfinite(norms.before) & all_finite(updates) & _stays_finite(new_state, state)
+    figures = StepFigures(
+        loss=loss,
+        learning_rate=None if pipeline.learning_rate_decay_fn is None else rate,
+        names=parameter_names(gradients),
+        gradients=jax.tree.leaves(clipped),
+        gradient_norms=norms.leaves,
+        norm=norms.before,
+        clipped_norm=norms.after,
+        max_norm=_max_norm(clip),
+        nonfinite_steps=state.nonfinite_steps,
+    )
+    return StepResult(
+        updates,
+        new_state,
+        lambda count: summarize(pipeline.summaries, pipeline.name, figures._replace(nonfinite_steps=count)),
+        finite if loss is None else finite & jnp.isfinite(loss),
+    )
+
+
+class _Norms(NamedTuple):
+    before: jax.Array  # of all gradients
+    after: jax.Array | None  # of all clipped gradients; None without clipping
+    leaves: jax.Array  # of each clipped gradient
+
+
+def _clip(
+    clip: optax.GradientTransformationExtraArgs | None,
+    gradients: optax.Updates,
+    state: optax.OptState,
+    params: optax.Params,
+    extra_args: dict[str, Any],
+) -> tuple[optax.Updates, optax.OptState, _Norms]:
+    """Clips, and gives the norms: after a clip by a factor they come from the factor, without a second pass."""
+    leaves, norm = leaf_norms(gradients)
+    if clip is None:
+        return gradients, state, _Norms(norm, None, leaves)
+    if isinstance(clip, ClipByFactor):
+        factor, state = clip.factor(norm, state, extra_args.get("global_step"))
+        return scale_tree(gradients, factor), state, _Norms(norm, norm * factor, leaves * factor)
+    gradients, state = clip.update(gradients, state, params, **extra_args)
+    clipped_leaves, clipped_norm = leaf_norms(gradients)
+    return gradients, state, _Norms(norm, clipped_norm, clipped_leaves)
+
+
+def dry_run(
+    pipeline: Pipeline,
+    params: optax.Params,
+    state: OptState,
+    global_step: jax.Array | None,
+    loss: jax.Array | None,
+) -> Summaries:
+    """Runs the stages on stand-ins, for the shapes of what they give and the errors of what they meet."""
+    trained = keep(params, select_parameters(pipeline.variables, params))
+    zero = jnp.zeros((), jnp.float32)
+    extra = {"value": zero, "grad": trained, "value_fn": lambda params: zero}
+    return run_stages(pipeline, trained, state, trained, global_step, loss, **extra).summaries(state.nonfinite_steps)
+
+
+def _noise_stage(scale: NoiseScale | None) -> Callable[[ArrayLike], optax.GradientTransformationExtraArgs] | None:
+    if scale is None or (isinstance(scale, int | float) and not isinstance(scale, bool) and scale == 0):
+        return None
+    check_noise_scale("gradient_noise_scale", scale)
+    return lambda key: add_gradient_noise(scale, key)
+
+
+def _check_name(name: str | None) -> str:
+    """Returns the scope of an op's state and tags, as TF1 named it."""
+    if name is None:
+        return "OptimizeLoss"
+    if not isinstance(name, str):
+        raise TypeError(f"name: got {name!r} of type {type(name).__name__}; a string would do.")
+    if not name:
+        raise ValueError("name: got ''; a scope for the op's state and tags, or None for 'OptimizeLoss', would do.")
+    return name
+
+
+def check_flag(argument: str, flag: bool) -> bool:
+    """Returns a flag; raises a TypeError where it is no boolean."""
+    if not isinstance(flag, bool):
+        raise TypeError(f"{argument}: got {flag!r} of type {type(flag).__name__}; True or False would do.")
+    return flag
+
+
+def _check_global_step(global_step: ArrayLike | None) -> int | jax.Array | None:
+    """Returns the first step; raises TF1's TypeErrors for what is no integer or no scalar."""
+    if global_step is None:
+        return None
+    expected = "an integer scalar >= 0, or None for no counter, would do."
+    shape = np.shape(global_step)
+    dtype = getattr(global_step, "dtype", np.dtype(int) if type(global_step) is int else None)
+    if dtype is None or not jnp.issubdtype(dtype, jnp.integer):
+        raise TypeError(f"global_step: got {global_step!r}, which does not have integer type; {expected}")
+    if shape != ():
+        raise TypeError(f"global_step: got an array of shape {shape}, which is not scalar; {expected}")
+    if isinstance(global_step, jax.core.Tracer):
+        return global_step
+    first = int(global_step)  # type: ignore[arg-type]  # an integer by now
+    if first < 0:
+        raise ValueError(f"global_step: got {first}; {expected}")
+    return first
+
+
+def initial_step(global_step: int | jax.Array | None) -> jax.Array | None:
+    """The counter of a new state: int32, or int64 where x64 is enabled."""
+    if global_step is None:
+        return None
+    dtype = jax.dtypes.canonicalize_dtype(np.int64)
+    if isinstance(global_step, int) and global_step > np.iinfo(dtype).max:
+        raise ValueError(f"global_step: got {global_step}, too large for {dtype}; enable jax_enable_x64.")
+    return jnp.asarray(global_step, dtype)
+
+
+def next_step(global_step: jax.Array | None, pipeline: Pipeline) -> jax.Array | None:
+    """The counter after a step; it stays at the largest integer."""
+    if global_step is None or not pipeline.increment_global_step:
+        return global_step
+    return jnp.asarray(optax.safe_increment(global_step))
+
+
+def keep(tree: Any, selected: Sequence[bool]) -> Any:
+    """The tree with None in place of the leaves that are not selected."""
+    leaves, treedef = jax.tree.flatten(tree)
+    return jax.tree.unflatten(
+        treedef, [leaf if chosen else None for leaf, chosen in zip(leaves, selected, strict=True)]
+    )
+
+
+def merge(kept: Any, tree: Any, selected: Sequence[bool]) -> Any:
+    """`tree` with the leaves of `kept` in the places that are selected."""
+    leaves, treedef = jax.tree.flatten(tree)
+    new = iter(jax.tree.leaves(kept))
+    return jax.tree.unflatten(
+        treedef, [next(new) if chosen else leaf for leaf, chosen in zip(leaves, selected, strict=True)]
+    )
+
+
+def choose(finite: jax.Array, new: Any, old: Any) -> Any:
+    """`new` where the step is finite, else `old` to the bit."""
+    return jax.tree.map(lambda a, b: b if a is b else jnp.where(finite, a, b), new, old)
+
+
+def colocate(gradients: Any, params: Any) -> Any:
+    """Holds each gradient to the sharding of its parameter, whatever the compiler finds that to be."""
+    return jax.tree.map(lambda gradient, param: shard_alike(gradient, param)[0], gradients, params)
+
+
+def all_finite(tree: Any) -> jax.Array:
+    """Whether no real leaf of a tree has an element that is NaN or infinite."""
+    finite = [jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(tree) if _is_inexact(leaf)]
+    return jnp.all(jnp.stack(finite)) if finite else jnp.ones((), bool)
+
+
+def _stays_finite(new: Any, old: Any) -> jax.Array:
+    """Whether no element ceases to be finite. Some states begin with infinity, as the best loss of a plateau."""
+    pairs = zip(jax.tree.leaves(new), jax.tree.leaves(old), strict=True)
+    stays = [jnp.all(jnp.isfinite(a) | ~jnp.isfinite(b)) for a, b in pairs if a is not b and _is_inexact(a)]
+    return jnp.all(jnp.stack(stays)) if stays else jnp.ones((), bool)
+
+
+def _is_inexact(leaf: jax.Array) -> bool:
+    return bool(jnp.issubdtype(leaf.dtype, jnp.inexact))
+
+
+def keep_types(argument: str, new: Any, old: Any) -> Any:
+    """Returns a new state in the dtypes of the old one; raises a TypeError where its tree or shapes changed."""
+    new_tree, old_tree = str(jax.tree.structure(new)), str(jax.tree.structure(old))
+    if new_tree != old_tree:
+        raise TypeError(f"{argument}: its state changes from {old_tree} to {new_tree} in a step; it must stay.")
+
+    def convert(a: jax.Array, b: jax.Array) -> jax.Array:
+        a = jnp.asarray(a)
+        if a.shape != b.shape or (a.dtype != b.dtype and not (_is_inexact(a) and _is_inexact(b))):
+            raise TypeError(
+                f"{argument}: its state changes from {jax.typeof(b)} to {jax.typeof(a)} in a step; it must stay."
+            )
+        return a if a is b else strong_array(a.astype(b.dtype))
+
+    return jax.tree.map(convert, new, old)
+
+
+def strong_array(leaf: ArrayLike) -> jax.Array:
+    """The leaf as an array whose dtype does not yield to others, as that of a Python number does."""
+    array = jnp.asarray(leaf)
+    if jnp.issubdtype(array.dtype, jax.dtypes.extended):  # keys in the state of a user's optimizer
+        return array
+    return jax.lax.convert_element_type(array, array.dtype)
+
+
+def _max_norm(clip_state: optax.OptState) -> jax.Array | None:
+    """The limit of an adaptive clip, where one in the clip's state reports it."""
+    states = jax.tree.leaves(clip_state, is_leaf=lambda node: isinstance(node, AdaptiveClippingState))
+    found = [state.max_norm for state in states if isinstance(state, AdaptiveClippingState)]
+    return found[0] if found else None

@@ -1,0 +1,160 @@
+"""The pipeline of `optimize_loss` as one Optax transformation."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.typing import ArrayLike
+
+from optloss._clipping import ClipGradients
+from optloss._learning_rate import DecayFunction
+from optloss._multipliers import Multiplier
+from optloss._names import Variables, select_parameters
+from optloss._noise import NoiseScale
+from optloss._pipeline import (
+    OptState,
+    Pipeline,
+    build_pipeline,
+    check_flag,
+    choose,
+    colocate,
+    dry_run,
+    init_stages,
+    initial_step,
+    keep,
+    merge,
+    next_step,
+    run_stages,
+)
+from optloss._summaries import Summaries
+
+__all__ = ["TransformationState", "as_transformation", "transformation"]
+
+
+class TransformationState(NamedTuple):
+    """State of the pipeline as a transformation."""
+
+    global_step: jax.Array | None  # shape=(), an integer; None without a counter
+    opt_state: OptState
+    summaries: Summaries  # of the last step; zeros at first
+
+
+def transformation(
+    global_step: ArrayLike | None,
+    learning_rate: ArrayLike | None,
+    optimizer: Any,
+    gradient_noise_scale: NoiseScale | None = None,
+    gradient_multipliers: Mapping[str, Multiplier] | None = None,
+    clip_gradients: ClipGradients | None = None,
+    learning_rate_decay_fn: DecayFunction | None = None,
+    update_ops: Sequence[Callable[..., Any]] | None = None,
+    variables: Variables | None = None,
+    name: str | None = None,
+    summaries: Sequence[str] | None = None,
+    colocate_gradients_with_ops: bool = False,
+    increment_global_step: bool = True,
+    *,
+    nonfinite: str = "skip",
+    key: ArrayLike | None = None,
+) -> optax.GradientTransformationExtraArgs:
+    """Makes the pipeline of `optimize_loss` as one Optax transformation, for loops that have gradients already.
+
+    Args:
+        global_step: As in `optimize_loss`, and so are the others.
+        learning_rate: As there.
+        optimizer: As there. `value`, `grad` and `value_fn` are handed on from `update(..., value=...)`.
+        gradient_noise_scale: As there; it needs `key`.
+        gradient_multipliers: As there.
+        clip_gradients: As there.
+        learning_rate_decay_fn: As there.
+        update_ops: None or []: there is no model state here.
+        variables: As there. The updates of what is not selected are -0.0, which leaves every number as it is.
+        name: As there.
+        summaries: As there, without the loss. They are in the state, since Optax has no other way out.
+        colocate_gradients_with_ops: As there.
+        increment_global_step: As there.
+        nonfinite: As there; of the loss, what is given as `value` is looked at.
+        key: Seed of the noise.
+
+    Returns:
+        A transformation whose state is a `TransformationState`. Its `update` needs the parameters.
+
+    Raises:
+        ValueError: As in `optimize_loss`.
+        TypeError: As in `optimize_loss`.
+
+    Example:
+        >>> optimizer = optloss.transformation(0, 0.1, "Adam", clip_gradients=1.0)
+        >>> params = {"w": jnp.zeros(2)}
+        >>> state = optimizer.init(params)
+        >>> updates, state = optimizer.update({"w": jnp.array([3.0, 4.0])}, state, params)
+        >>> print(f"{state.summaries['OptimizeLoss/global_norm/gradient_norm']:.1f}")
+        5.0
+
+    TF1 had no such function. Unlike an `optax.chain`, frozen parameters are out of all of it and bad steps are skipped.
+    """
+    if update_ops:
+        raise ValueError(f"update_ops: got {update_ops!r}; a transformation has no model state: None or [] would do.")
+    check_flag("colocate_gradients_with_ops", colocate_gradients_with_ops)
+    pipeline = build_pipeline(
+        global_step,
+        learning_rate,
+        optimizer,
+        gradient_noise_scale,
+        gradient_multipliers,
+        clip_gradients,
+        learning_rate_decay_fn,
+        variables,
+        name,
+        summaries,
+        increment_global_step,
+        nonfinite,
+        key,
+    )
+    return as_transformation(pipeline, colocate_gradients=colocate_gradients_with_ops)
+
+
+def as_transformation(pipeline: Pipeline, *, colocate_gradients: bool) -> optax.GradientTransformationExtraArgs:
+    """The pipeline's face for loops that have gradients already."""
+
+    def init_fn(params: optax.Params) -> TransformationState:
+        step = initial_step(pipeline.global_step)
+        opt_state = init_stages(pipeline, params, None)
+        summaries = jax.eval_shape(lambda: dry_run(pipeline, params, opt_state, step, None))
+        return TransformationState(step, opt_state, jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), summaries))
+
+    def update_fn(
+        updates: optax.Updates,
+        state: TransformationState,
+        params: optax.Params | None = None,
+        *,
+        value: jax.Array | None = None,
+        **extra_args: Any,
+    ) -> tuple[optax.Updates, TransformationState]:
+        if params is None:
+            raise ValueError("params: got None; the pipeline needs them: update(updates, state, params).")
+        selected = select_parameters(pipeline.variables, params)
+        trained, gradients = keep(params, selected), keep(updates, selected)
+        if colocate_gradients:
+            gradients = colocate(gradients, trained)
+        if value is not None:
+            extra_args["value"] = value
+        if "grad" in extra_args:
+            extra_args["grad"] = keep(extra_args["grad"], selected)
+        if "value_fn" in extra_args:
+            value_fn = extra_args["value_fn"]
+            extra_args["value_fn"] = lambda trained: value_fn(merge(trained, params, selected))
+        result = run_stages(pipeline, gradients, state.opt_state, trained, state.global_step, value, **extra_args)
+        # Not 0.0: adding that would make 0.0 of -0.0.
+        nothing = jax.tree.map(lambda leaf: jnp.full_like(leaf, -0.0), updates)
+        new_updates, new_step, opt_state = result.updates, next_step(state.global_step, pipeline), result.state
+        if pipeline.skips_nonfinite:
+            new_updates = choose(result.finite, new_updates, keep(nothing, selected))
+            new_step, opt_state = choose(result.finite, (new_step, opt_state), (state.global_step, state.opt_state))
+        count = state.opt_state.nonfinite_steps + (~result.finite).astype(jnp.int32)
+        opt_state = opt_state._replace(nonfinite_steps=count)
+        return merge(new_updates, nothing, selected), TransformationState(new_step, opt_state, result.summaries(count))
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
