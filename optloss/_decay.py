@@ -16,7 +16,7 @@ __all__ = [
     "natural_exp_decay",
     "piecewise_constant",
     "polynomial_decay",
-    "rate_and_step",
+    "rate_and_progress",
 ]
 
 
@@ -34,7 +34,7 @@ def exponential_decay(
 
     Args:
         learning_rate: The rate at step 0, a scalar. All is computed in its dtype, float32 for a Python number.
-        global_step: The step, an integer scalar. Its dtype becomes the rate's, so float32 tells steps apart to 2**24.
+        global_step: The step, an integer scalar.
         decay_steps: Steps for one factor, > 0.
         decay_rate: The factor, >= 0.
         staircase: Rounds p down, so that the rate moves in jumps.
@@ -172,7 +172,7 @@ def piecewise_constant(
             raise ValueError(f"boundaries: got {boundary!r}; integers would do, since steps are.")
         if i > 0 and not isinstance(boundary, jax.core.Tracer) and not boundary > boundaries[i - 1]:
             raise ValueError(f"boundaries: got {list(boundaries)}; they must increase.")
-    rates = [as_rate(check_number(f"values[{i}]", value)) for i, value in enumerate(values)]
+    rates = [_as_rate(check_number(f"values[{i}]", value)) for i, value in enumerate(values)]
     rate = rates[-1]
     for boundary, value in zip(reversed(boundaries), reversed(rates[:-1]), strict=True):
         rate = jnp.where(x <= boundary, value, rate)
@@ -218,37 +218,47 @@ def polynomial_decay(
     As TF1's. `optax.polynomial_schedule` has no `cycle`.
     """
     del name
-    check_number("decay_steps", decay_steps, above=0)
     check_number("power", power, at_least=0)
     check_number("end_learning_rate", end_learning_rate)
-    rate, step = rate_and_step(learning_rate, global_step)
-    steps, end = jnp.asarray(decay_steps, rate.dtype), jnp.asarray(end_learning_rate, rate.dtype)
+    rate, whole, fraction = rate_and_progress(learning_rate, global_step, "decay_steps", decay_steps)
+    end = jnp.asarray(end_learning_rate, rate.dtype)
+    left = 1 - jnp.minimum(whole + fraction, 1)
     if cycle:
-        steps = steps * jnp.where(step == 0, 1, jnp.ceil(step / steps))
-    else:
-        step = jnp.minimum(step, steps)
-    return (rate - end) * (1 - step / steps) ** jnp.asarray(power, rate.dtype) + end
+        at_end = (fraction == 0) & (whole > 0)
+        left = jnp.where(at_end, 0, (1 - fraction) / jnp.maximum(whole + 1, 1))
+    return (rate - end) * left ** jnp.asarray(power, rate.dtype) + end
 
 
 def _rate_and_periods(
-    learning_rate: ArrayLike, global_step: ArrayLike, decay_steps: ArrayLike, staircase: bool
+    learning_rate: ArrayLike, global_step: Any, decay_steps: ArrayLike, staircase: bool
 ) -> tuple[jax.Array, jax.Array]:
     """The rate, and how many times `decay_steps` have passed."""
-    check_number("decay_steps", decay_steps, above=0)
-    rate, step = rate_and_step(learning_rate, global_step)
-    periods = step / jnp.asarray(decay_steps, rate.dtype)
-    return rate, jnp.floor(periods) if staircase else periods
+    rate, whole, fraction = rate_and_progress(learning_rate, global_step, "decay_steps", decay_steps)
+    return rate, whole if staircase else whole + fraction
 
 
-def rate_and_step(learning_rate: ArrayLike, global_step: ArrayLike | None) -> tuple[jax.Array, jax.Array]:
-    """Both as scalars of the rate's dtype."""
+def rate_and_progress(
+    learning_rate: ArrayLike, global_step: Any, argument: str, decay_steps: ArrayLike
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The rate, how many whole periods of `decay_steps` have passed, and the fraction of the one that runs.
+
+    All three have the rate's dtype. Between integers the division is exact, at any step and in any compiled form.
+    """
     if global_step is None:
         raise ValueError("global_step: got None; a decay wants an integer scalar.")
-    rate = as_rate(learning_rate)
-    return rate, jnp.asarray(global_step, rate.dtype)
+    steps = check_number(argument, decay_steps, above=0)
+    rate = _as_rate(learning_rate)
+    step = global_step if isinstance(global_step, int) else jnp.asarray(global_step)
+    is_integer = isinstance(step, int) or jnp.issubdtype(step.dtype, jnp.integer)
+    largest = np.inf if isinstance(step, int) else np.iinfo(step.dtype).max if is_integer else 0
+    if is_integer and isinstance(steps, float) and steps.is_integer() and steps <= largest:
+        whole, rest = divmod(step, int(steps))
+        return rate, jnp.asarray(whole, rate.dtype), jnp.asarray(rest, rate.dtype) / jnp.asarray(steps, rate.dtype)
+    periods = jnp.asarray(step, rate.dtype) / jnp.asarray(steps, rate.dtype)
+    return rate, jnp.floor(periods), periods - jnp.floor(periods)
 
 
-def as_rate(learning_rate: ArrayLike) -> jax.Array:
+def _as_rate(learning_rate: ArrayLike) -> jax.Array:
     rate = jnp.asarray(learning_rate)
     is_array = isinstance(learning_rate, jax.Array | np.ndarray | np.generic)
     return rate if is_array and jnp.issubdtype(rate.dtype, jnp.floating) else rate.astype(jnp.float32)

@@ -9,7 +9,7 @@ import numpy as np
 from jax.typing import ArrayLike
 
 from optloss._check import check_number
-from optloss._decay import rate_and_step
+from optloss._decay import rate_and_progress
 
 __all__ = ["cosine_decay", "cosine_decay_restarts", "linear_cosine_decay", "noisy_linear_cosine_decay"]
 
@@ -48,11 +48,9 @@ def cosine_decay(
         Loshchilov and Hutter, SGDR: Stochastic Gradient Descent with Warm Restarts, 2016.
     """
     del name
-    check_number("decay_steps", decay_steps, above=0)
     check_number("alpha", alpha)
-    rate, step = rate_and_step(learning_rate, global_step)
-    steps = jnp.asarray(decay_steps, rate.dtype)
-    return _cosine(rate, jnp.minimum(step, steps) / steps, jnp.ones_like(rate), alpha)
+    rate, whole, fraction = rate_and_progress(learning_rate, global_step, "decay_steps", decay_steps)
+    return _cosine(rate, jnp.minimum(whole + fraction, 1), jnp.ones_like(rate), alpha)
 
 
 def cosine_decay_restarts(
@@ -96,20 +94,18 @@ def cosine_decay_restarts(
         Loshchilov and Hutter, SGDR: Stochastic Gradient Descent with Warm Restarts, 2016.
     """
     del name
-    check_number("first_decay_steps", first_decay_steps, above=0)
     t_mul = check_number("t_mul", t_mul, at_least=1)
     m_mul = check_number("m_mul", m_mul, at_least=0)
     check_number("alpha", alpha)
-    rate, step = rate_and_step(learning_rate, global_step)
-    fraction = step / jnp.asarray(first_decay_steps, rate.dtype)
-    growth = jnp.asarray(t_mul, rate.dtype)
-    if isinstance(t_mul, float) and t_mul == 1:
-        period = jnp.floor(fraction)
-        fraction = fraction - period
-    else:
-        period = jnp.floor(jnp.log(1 - fraction * (1 - growth)) / jnp.log(growth))
+    rate, period, fraction = rate_and_progress(learning_rate, global_step, "first_decay_steps", first_decay_steps)
+    if not (isinstance(t_mul, float) and t_mul == 1):
+        growth = jnp.asarray(t_mul, rate.dtype)
+        periods = period + fraction
+        exponent = jnp.log(1 - periods * (1 - growth)) / jnp.log(growth)
+        # At a restart rounded logarithms may fall short of the whole number.
+        period = jnp.floor(exponent + 4 * jnp.finfo(rate.dtype).eps * (1 + exponent))
         before = (1 - growth**period) / (1 - growth)
-        fraction = (fraction - before) / growth**period
+        fraction = jnp.clip((periods - before) / growth**period, 0, 1)
     return _cosine(rate, fraction, jnp.asarray(m_mul, rate.dtype) ** period, alpha)
 
 
@@ -209,7 +205,8 @@ def noisy_linear_cosine_decay(
 
     def noise(rate: jax.Array, step: jax.Array) -> jax.Array:
         base = jax.random.key(key) if isinstance(key, int | np.integer) else key
-        draw = jax.random.normal(jax.random.fold_in(base, global_step), (), jnp.float32).astype(rate.dtype)
+        word = global_step & 0xFFFFFFFF if isinstance(global_step, int) else global_step
+        draw = jax.random.normal(jax.random.fold_in(base, word), (), jnp.float32).astype(rate.dtype)
         falling = (1 + step) ** jnp.asarray(variance_decay, rate.dtype)
         return draw * jnp.sqrt(jnp.asarray(variance, rate.dtype) / falling)
 
@@ -225,16 +222,14 @@ def _linear_cosine(
     beta: ArrayLike,
     noise: Callable[[jax.Array, jax.Array], jax.Array] | None,
 ) -> jax.Array:
-    check_number("decay_steps", decay_steps, above=0)
     for argument, value in (("num_periods", num_periods), ("alpha", alpha), ("beta", beta)):
         check_number(argument, value)
-    rate, step = rate_and_step(learning_rate, global_step)
-    steps = jnp.asarray(decay_steps, rate.dtype)
-    step = jnp.minimum(step, steps)
-    line = (steps - step) / steps
+    rate, whole, fraction = rate_and_progress(learning_rate, global_step, "decay_steps", decay_steps)
+    done = jnp.minimum(whole + fraction, 1)
+    line = 1 - done
     if noise is not None:
-        line = line + noise(rate, step)
-    swing = jnp.cos(math.pi * 2 * jnp.asarray(num_periods, rate.dtype) * (step / steps))
+        line = line + noise(rate, done * jnp.asarray(decay_steps, rate.dtype))
+    swing = jnp.cos(math.pi * 2 * jnp.asarray(num_periods, rate.dtype) * done)
     line = jnp.asarray(alpha, rate.dtype) + line
     return rate * (line * (0.5 * (1 + swing)) + jnp.asarray(beta, rate.dtype))
 

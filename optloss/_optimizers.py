@@ -199,7 +199,8 @@ def adam(
         epsilon: Added to the root, >= 0; the paper's "epsilon hat", not corrected for the start.
 
     Returns:
-        A transformation with two slots, `m` and `v`, and the powers of the betas, float32 as in TF1.
+        A transformation with two slots, `m` and `v`, and the powers of the betas, which are float32 in any case, as
+        in TF1.
 
     Raises:
         ValueError: A number out of its bounds.
@@ -234,15 +235,14 @@ def adam(
         def rule(g: jax.Array, m: jax.Array, v: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
             power1, power2 = state.beta1_power.astype(m.dtype), state.beta2_power.astype(m.dtype)
             alpha = rate.astype(m.dtype) * jnp.sqrt(1 - power2) / (1 - power1)
-            # TF1: 1 - beta in the slots' dtype, as the powers have it; 1 - 0.999 differs from float32(0.001) by 1e-5.
-            m = m + (g - m) * (1 - jnp.asarray(b1, m.dtype))
-            v = v + (g * g - v) * (1 - jnp.asarray(b2, v.dtype))
+            # TF1: the betas that the powers are made of. 1 - float32(0.999) differs from 0.001 by 1e-5.
+            m = m + (g - m) * (1 - beta1_32.astype(m.dtype))
+            v = v + (g * g - v) * (1 - beta2_32.astype(v.dtype))
             return -alpha * m / (sqrt(v) + jnp.asarray(eps, v.dtype)), m, v
 
+        beta1_32, beta2_32 = jnp.asarray(b1, jnp.float32), jnp.asarray(b2, jnp.float32)
         updates, m, v = _leafwise(rule, updates, state.m, state.v)
-        power1 = state.beta1_power * jnp.asarray(b1, jnp.float32)
-        power2 = state.beta2_power * jnp.asarray(b2, jnp.float32)
-        return updates, AdamState(m, v, power1, power2)
+        return updates, AdamState(m, v, state.beta1_power * beta1_32, state.beta2_power * beta2_32)
 
     return _optimizer(learning_rate, init_fn, update_fn)
 

@@ -160,16 +160,16 @@ def run_stages(
     **extra_args: Any,
 ) -> StepResult:
     """Makes updates of gradients, in the original's order; `params` are the trained ones."""
-    if global_step is not None:
-        extra_args["global_step"] = global_step
+    stage_args = extra_args if global_step is None else {**extra_args, "global_step": global_step}
     noisy, noise = gradients, state.noise
     if pipeline.noise is not None:
-        noisy, noise = pipeline.noise(0).update(gradients, state.noise, params, **extra_args)  # the key is in the state
-    multiplied, multipliers = pipeline.multiply.update(noisy, state.multipliers, params, **extra_args)
-    clipped, clip, norms = _clip(pipeline.clip, multiplied, state.clip, params, extra_args)
+        noisy, noise = pipeline.noise(0).update(gradients, state.noise, params, **stage_args)  # the key is in the state
+    multiplied, multipliers = pipeline.multiply.update(noisy, state.multipliers, params, **stage_args)
+    clipped, clip, norms = _clip(pipeline.clip, multiplied, state.clip, params, stage_args)
     rate = state.learning_rate
     if rate is not None:
         rate = decayed_rate(rate, global_step, pipeline.learning_rate_decay_fn)
+    # Without the step: a line search refuses arguments that it does not know.
     updates, optimizer = pipeline.optimizer(rate).update(clipped, state.optimizer, params, **extra_args)
     updates = jax.tree.map(lambda update, gradient: update.astype(gradient.dtype), updates, gradients)
     new_state = state._replace(

@@ -124,7 +124,9 @@ def check_trajectory(case: dict[str, Any], convert: Any, tolerance: float) -> No
 
 def check_row(row: dict[str, Any], state: Any, out: Any, case: dict[str, Any], tolerance: float) -> None:
     for name, value in flat(state.params).items():
-        np.testing.assert_allclose(value, row["params"][name], rtol=0, atol=tolerance, err_msg=f"{name} at {row['step']}")
+        np.testing.assert_allclose(
+            value, row["params"][name], rtol=0, atol=tolerance, err_msg=f"{name} at {row['step']}"
+        )
     np.testing.assert_allclose(out.loss, row["loss"], rtol=tolerance, atol=1e-3 * tolerance)
     assert (None if state.global_step is None else int(state.global_step)) == row.get("global_step")
     scalars = {
@@ -192,9 +194,7 @@ def test_optimize_loss_follows_the_recorded_trajectory(trajectory: str) -> None:
 
 @pytest.mark.parametrize("trajectory", [t for t in TRAJECTORIES if "_f64" in t])
 @pytest.mark.parametrize(("convert", "tolerance"), [(lambda value: value, 1e-6), (rounded, 1e-11)])
-def test_optimize_loss_follows_the_recorded_float64_trajectory(
-    trajectory: str, convert: Any, tolerance: float
-) -> None:
+def test_optimize_loss_follows_the_recorded_float64_trajectory(trajectory: str, convert: Any, tolerance: float) -> None:
     with jax.enable_x64(True):
         check_trajectory(read_golden(f"trajectories/{trajectory}.json"), convert, tolerance)
 
@@ -265,8 +265,10 @@ def test_a_nonfinite_step_leaves_everything_but_its_count_as_it_was(name: str) -
     skipped = len(case["k"]) - len(good)
     state = steps[-1][0]
     assert int(state.opt_states["OptimizeLoss"].nonfinite_steps) == skipped > 0
-    without = run_edge({**case, "k": good})[-1][0] if good else edge_op(case).init(
-        {"w": np.asarray(case["initial_w"], np.float32), "b": np.float32(case["initial_b"])}
+    without = (
+        run_edge({**case, "k": good})[-1][0]
+        if good
+        else edge_op(case).init({"w": np.asarray(case["initial_w"], np.float32), "b": np.float32(case["initial_b"])})
     )
     op_state = state.opt_states["OptimizeLoss"]._replace(nonfinite_steps=np.int32(0))
     chex.assert_trees_all_equal(state._replace(opt_states={"OptimizeLoss": op_state}), jax.device_get(without))
@@ -281,7 +283,7 @@ def test_a_setting_that_the_original_let_pass_is_a_value_error(name: str) -> Non
 
 def test_a_norm_whose_squares_overflow_is_clipped_to_the_limit() -> None:
     """The gradient is 1e30 * (3, 1, 4, 2): clipped to norm 1 it is (3, 1, 4, 2) / sqrt(30)."""
-    (state, _), = run_edge(EDGES["overflow_norm_clip"])
+    ((state, _),) = run_edge(EDGES["overflow_norm_clip"])
     w, b = np.array([3.0, 1.0, 4.0]), 1.0
     np.testing.assert_allclose(state.params["w"], w - 0.1 * w / np.sqrt(30), rtol=1e-6)
     np.testing.assert_allclose(state.params["b"], b - 0.1 * 2 / np.sqrt(30), rtol=1e-6)
@@ -290,11 +292,13 @@ def test_a_norm_whose_squares_overflow_is_clipped_to_the_limit() -> None:
 @pytest.mark.parametrize(("name", "factor"), [("clip_zero_zero_gradient", 1.0), ("clip_inf", 0.9)])
 def test_a_limit_of_which_the_original_made_nan_is_a_limit(name: str, factor: float) -> None:
     """A zero gradient moves nothing; without a limit the step is w - 0.1 * w."""
-    (state, _), = run_edge(EDGES[name])
+    ((state, _),) = run_edge(EDGES[name])
     np.testing.assert_allclose(state.params["w"], factor * np.array([3.0, 0.0, 4.0]), rtol=1e-6)
 
 
-@pytest.mark.parametrize("row", read_golden("summary_tags.json")["rows"], ids=lambda row: f"{row['summaries']}-{row['clip']}-{row['decay']}")
+@pytest.mark.parametrize(
+    "row", read_golden("summary_tags.json")["rows"], ids=lambda row: f"{row['summaries']}-{row['clip']}-{row['decay']}"
+)
 def test_summaries_have_the_original_tags(row: dict[str, Any]) -> None:
     """The original's "gradients/a_0" is "gradients/a" here, under the scope."""
     clip = optloss.adaptive_clipping_fn() if row["clip"] == "adaptive" else row["clip"]

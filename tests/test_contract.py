@@ -1,0 +1,370 @@
+"""The contract of every transformation, and of the whole step: rows of transformations times properties."""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import chex
+import flax.core
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+import optloss
+
+
+def exponential_decay(rate: Any, step: Any) -> jax.Array:
+    return optloss.exponential_decay(rate, step, 2, 0.9)
+
+
+def falling(step: jax.Array) -> jax.Array:
+    return 1 / (1 + step.astype(jnp.float32))
+
+
+def linear_loss(params: Any, gradients: Any) -> jax.Array:
+    """A loss whose gradients are the given ones."""
+    pairs = zip(jax.tree.leaves(params), jax.tree.leaves(gradients), strict=True)
+    wide = [(jnp.ravel(p).astype(jnp.float32), jnp.ravel(g).astype(jnp.float32)) for p, g in pairs if is_float(p)]
+    return jnp.sum(jnp.stack([jnp.sum(p * g) for p, g in wide]))
+
+
+def whole(builder: Callable[..., Any], *loss: Any) -> Any:
+    """The pipeline with every setting on."""
+    return builder(
+        *loss,
+        global_step=0,
+        learning_rate=0.1,
+        optimizer="Adam",
+        gradient_noise_scale=0.01,
+        gradient_multipliers={"**": falling},
+        clip_gradients=optloss.adaptive_clipping_fn(global_step=True, report_summary=True),
+        learning_rate_decay_fn=exponential_decay,
+        summaries=optloss.OPTIMIZER_SUMMARIES,
+        key=0,
+    )
+
+
+ROWS: dict[str, Callable[[], Any]] = {
+    "noise": lambda: optloss.add_gradient_noise(0.01, key=0),
+    "multiply": lambda: optloss.multiply_gradients({"**": 0.5}),
+    "multiply_by_step": lambda: optloss.multiply_gradients({"**": falling}),
+    "clip": lambda: optloss.clip_by_global_norm(1.0),
+    "adaptive_clip": lambda: optloss.adaptive_clipping_fn(),
+    "adaptive_clip_by_step": lambda: optloss.adaptive_clipping_fn(global_step=True, report_summary=True),
+    "decayed_rate": lambda: optloss.scale_by_decayed_learning_rate(0.1, exponential_decay),
+    "sgd": lambda: optloss.sgd(0.1),
+    "momentum": lambda: optloss.momentum(0.1, momentum=0.9),
+    "nesterov": lambda: optloss.momentum(0.1, momentum=0.9, use_nesterov=True),
+    "adagrad": lambda: optloss.adagrad(0.1),
+    "adam": lambda: optloss.adam(0.1),
+    "adam_schedule": lambda: optloss.adam(optax.exponential_decay(0.1, 2, 0.9)),
+    "rmsprop": lambda: optloss.rmsprop(0.1),
+    "rmsprop_centered": lambda: optloss.rmsprop(0.1, momentum=0.9, centered=True),
+    "ftrl": lambda: optloss.ftrl(0.1, l1_regularization_strength=0.01, l2_regularization_strength=0.01),
+    "transformation": lambda: whole(optloss.transformation),
+    "optimize_loss": lambda: whole(optloss.optimize_loss, linear_loss),
+}
+INTEGER_ROWS = ["noise", "multiply", "multiply_by_step", "transformation", "optimize_loss"]
+
+
+class Layer(NamedTuple):
+    """Parameters in a NamedTuple."""
+
+    kernel: Any
+    bias: Any
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass
+class Block:
+    """Parameters in a dataclass."""
+
+    kernel: Any
+    bias: Any
+
+
+KERNEL, BIAS = np.linspace(-1, 1, 16, dtype=np.float32).reshape(8, 2), np.linspace(0.5, 2, 8, dtype=np.float32)
+PARAMS = {"kernel": KERNEL, "bias": BIAS, "scale": np.float32(2)}
+TREES = {
+    "dict": {"dense": {"kernel": KERNEL}, "bias": BIAS},
+    "list": [KERNEL, BIAS],
+    "tuple": (KERNEL, BIAS),
+    "namedtuple": Layer(KERNEL, BIAS),
+    "dataclass": Block(KERNEL, BIAS),
+    "frozendict": flax.core.FrozenDict({"dense": {"kernel": KERNEL}, "bias": BIAS}),
+    "array": KERNEL,
+    "none_leaf": {"kernel": KERNEL, "none": None},
+    "empty_leaf": {"kernel": KERNEL, "empty": np.zeros((0, 3), np.float32)},
+    "scalar_leaf": {"kernel": KERNEL, "scalar": np.float32(2)},
+}
+DTYPES = {
+    "bfloat16": [jnp.bfloat16] * 3,
+    "float16": [jnp.float16] * 3,
+    "float32": [jnp.float32] * 3,
+    "float64": [jnp.float64] * 3,
+    "mixed": [jnp.bfloat16, jnp.float16, jnp.float32],
+    "mixed_with_float64": [jnp.bfloat16, jnp.float32, jnp.float64],
+}
+
+every_row = pytest.mark.parametrize("row", ROWS)
+
+
+class Face(NamedTuple):
+    """What all rows have in common: `init(params) -> carry` and `step(carry, gradients) -> (carry, output)`."""
+
+    init: Callable[[Any], Any]
+    step: Callable[[Any, Any], tuple[Any, Any]]  # jitted, the carry donated
+    eager: Callable[[Any, Any], tuple[Any, Any]]
+
+
+@functools.cache
+def face(row: str) -> Face:
+    """A train op's functions as they are; of a transformation the carry is (params, state), the output its updates."""
+    made = ROWS[row]()
+    if isinstance(made, optloss.TrainOp):
+        return Face(made.init, made.update, made.update.__wrapped__)
+
+    def init(params: Any) -> Any:
+        return jax.tree.map(jnp.array, params), made.init(params)
+
+    def step(carry: Any, gradients: Any) -> tuple[Any, Any]:
+        params, state = carry
+        updates, state = made.update(gradients, state, params)
+        return (optax.apply_updates(params, updates), state), updates
+
+    # Else the arguments that a step does not read, such as the last summaries, would not be donated.
+    return Face(init, jax.jit(step, donate_argnums=0, keep_unused=True), step)
+
+
+def is_float(leaf: Any) -> bool:
+    return bool(jnp.issubdtype(leaf.dtype, jnp.floating))
+
+
+def arrays(tree: Any) -> Any:
+    return jax.tree.map(jnp.array, tree)
+
+
+def cast(dtypes: str) -> Any:
+    return {name: leaf.astype(to) for (name, leaf), to in zip(PARAMS.items(), DTYPES[dtypes], strict=True)}
+
+
+def gradients_of(params: Any, step: int = 0, first: float = 0.5) -> Any:
+    """Fixed numbers for each leaf, larger with each step; `first` is in every leaf."""
+    return jax.tree.map(
+        lambda p: jnp.array(np.resize(np.array([first, -0.25, 2.0]) * (step + 1), np.shape(p)).astype(p.dtype)), params
+    )
+
+
+def run(row: str, params: Any, steps: int = 2) -> Iterator[tuple[Any, Any]]:
+    """The carry and output of each jitted step."""
+    init, step, _ = face(row)
+    carry = init(arrays(params))
+    for i in range(steps):
+        carry, output = step(carry, gradients_of(params, i))
+        yield jax.tree.map(np.array, (carry, output))
+
+
+def params_of(row: str, carry: Any) -> Any:
+    return carry.params if row == "optimize_loss" else carry[0]
+
+
+def types(tree: Any) -> Any:
+    """The structure, shapes, dtypes and weak types of a tree, of arrays or of shapes."""
+    return jax.tree.structure(tree), [(x.shape, x.dtype, x.weak_type) for x in jax.tree.leaves(tree)]
+
+
+def assert_close(got: Any, expected: Any) -> None:
+    chex.assert_trees_all_close(got, expected, rtol=1e-6, atol=1e-7)
+
+
+def check_types(row: str, params: Any) -> None:
+    """Asserts that types stay from `init` on, and that updates have those of the gradients. Traces, runs nothing."""
+    init, step, _ = face(row)
+    carry = jax.eval_shape(init, arrays(params))
+    gradients = gradients_of(params)
+    after, output = jax.eval_shape(step, carry, gradients)
+    assert types(after) == types(carry)
+    if row != "optimize_loss":
+        assert types(output) == types(gradients)
+
+
+@pytest.fixture(autouse=True)
+def _strict() -> Iterator[None]:
+    with jax.numpy_dtype_promotion("strict"), jax.numpy_rank_promotion("raise"):
+        yield
+
+
+@every_row
+def test_a_jitted_step_equals_one_without_jit(row: str) -> None:
+    init, _, eager = face(row)
+    carry = init(arrays(PARAMS))
+    for i, (new, output) in enumerate(run(row, PARAMS)):
+        carry, eager_output = eager(carry, gradients_of(PARAMS, i))
+        assert_close((carry, eager_output), (new, output))
+
+
+@every_row
+def test_a_scan_equals_a_loop(row: str) -> None:
+    init, step, _ = face(row)
+    batches = jax.tree.map(lambda *leaves: jnp.stack(leaves), *(gradients_of(PARAMS, i) for i in range(3)))
+    carry, outputs = jax.lax.scan(step, init(arrays(PARAMS)), batches)
+    steps = list(run(row, PARAMS, steps=3))
+    assert_close(carry, steps[-1][0])
+    for i, (_, output) in enumerate(steps):
+        assert_close(jax.tree.map(lambda leaf, i=i: leaf[i], outputs), output)
+
+
+@every_row
+def test_a_vmapped_step_equals_single_ones(row: str) -> None:
+    init, step, _ = face(row)
+    lanes = [(arrays(PARAMS), gradients_of(PARAMS, 0)), (gradients_of(PARAMS, 1), gradients_of(PARAMS, 2))]
+    params, gradients = jax.tree.map(lambda *leaves: jnp.stack(leaves), *lanes)
+    batched = jax.vmap(step)(jax.vmap(init)(params), gradients)
+    for i, (params, gradients) in enumerate(lanes):
+        assert_close(jax.tree.map(lambda leaf, i=i: leaf[i], batched), step(init(params), gradients))
+
+
+@every_row
+def test_a_step_under_cond_happens_where_it_is_chosen_and_else_not(row: str) -> None:
+    init, step, _ = face(row)
+    gradients = gradients_of(PARAMS)
+
+    @jax.jit
+    def step_if(chosen: jax.Array, carry: Any) -> Any:
+        return jax.lax.cond(chosen, lambda carry: step(carry, gradients)[0], lambda carry: carry, carry)
+
+    assert_close(step_if(jnp.array(True), init(arrays(PARAMS))), step(init(arrays(PARAMS)), gradients)[0])
+    chex.assert_trees_all_equal(step_if(jnp.array(False), init(arrays(PARAMS))), init(arrays(PARAMS)))
+
+
+@every_row
+@pytest.mark.parametrize("scale", [1, 0], ids=["one_element_is_zero", "all_are_zero"])
+def test_the_gradient_through_two_steps_is_finite(row: str, scale: int) -> None:
+    init, step, _ = face(row)
+
+    @functools.partial(jax.grad, argnums=(0, 1))
+    def gradient(params: Any, gradients: Any) -> jax.Array:
+        carry, _ = step(init(params), gradients)
+        carry, _ = step(carry, gradients)
+        return jnp.sum(jnp.stack([jnp.sum(leaf) for leaf in jax.tree.leaves(carry) if is_float(leaf)]))
+
+    gradients = jax.tree.map(lambda g: scale * g, gradients_of(PARAMS, first=0.0))
+    result = jax.jit(gradient)(arrays(PARAMS), gradients)
+    chex.assert_tree_all_finite(result)
+    assert any(np.any(leaf != 0) for leaf in jax.tree.leaves(result))
+
+
+@every_row
+def test_a_donated_state_is_gone_and_the_next_step_goes_on(row: str) -> None:
+    init, step, _ = face(row)
+    params = arrays(PARAMS)
+    carry = init(params)
+    for i in range(3):
+        old, gradients = carry, gradients_of(PARAMS, i)
+        carry, _ = step(old, gradients)
+        assert all(leaf.is_deleted() for leaf in jax.tree.leaves(old))
+        assert not any(leaf.is_deleted() for leaf in jax.tree.leaves((carry, params, gradients)))
+
+
+@every_row
+def test_init_under_eval_shape_tells_what_init_gives(row: str) -> None:
+    init = face(row).init
+    assert types(jax.eval_shape(init, arrays(PARAMS))) == types(init(arrays(PARAMS)))
+
+
+@every_row
+def test_four_steps_are_traced_once(row: str) -> None:
+    init, _, eager = face(row)
+    traces = 0
+
+    def counted(carry: Any, gradients: Any) -> Any:
+        nonlocal traces
+        traces += 1
+        return eager(carry, gradients)
+
+    step, carry = jax.jit(counted), init(arrays(PARAMS))
+    for i in range(4):
+        carry, _ = step(carry, gradients_of(PARAMS, i))
+    assert traces == 1
+
+
+@every_row
+def test_a_step_transfers_nothing_from_or_to_the_host(row: str) -> None:
+    init, step, _ = face(row)
+    carry, _ = step(init(arrays(PARAMS)), gradients_of(PARAMS))
+    gradients = gradients_of(PARAMS, 1)
+    with jax.transfer_guard("disallow"):
+        jax.block_until_ready(step(carry, gradients))
+
+
+@every_row
+def test_types_and_weak_types_stay_in_every_step(row: str) -> None:
+    carries = [face(row).init(arrays(PARAMS))]
+    for i in range(2):
+        carry = face(row).init(arrays(PARAMS)) if not carries else jax.tree.map(jnp.array, carries[-1])
+        carries.append(face(row).step(carry, gradients_of(PARAMS, i))[0])
+    assert types(carries[0]) == types(carries[1]) == types(carries[2])
+
+
+@every_row
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_dtypes_stay(row: str, dtype: str) -> None:
+    with jax.enable_x64("float64" in dtype):
+        check_types(row, cast(dtype))
+
+
+@every_row
+@pytest.mark.parametrize("tree", TREES)
+def test_trees_stay(row: str, tree: str) -> None:
+    check_types(row, TREES[tree])
+
+
+@every_row
+def test_leaves_of_16_bits_follow_those_of_32(row: str) -> None:
+    """To two roundings of each step, of 2**-9 in bfloat16 and 2**-12 in float16, of numbers up to 8."""
+    (expected, _), (got, _) = (list(run(row, params))[-1] for params in (PARAMS, cast("mixed")))
+    for name, tolerance in {"kernel": 2**-4, "bias": 2**-7, "scale": 1e-6}.items():
+        a, b = params_of(row, got)[name], params_of(row, expected)[name]
+        np.testing.assert_allclose(a.astype(np.float32), b, rtol=0, atol=tolerance)
+
+
+@every_row
+def test_an_empty_leaf_changes_nothing_for_the_others(row: str) -> None:
+    (expected, _), (got, _) = (
+        list(run(row, params))[-1] for params in (PARAMS, PARAMS | {"empty": np.zeros((0, 3), np.float32)})
+    )
+    kept = dict(params_of(row, got))
+    assert kept.pop("empty").shape == (0, 3)
+    assert_close(kept, params_of(row, expected))
+
+
+@pytest.mark.parametrize("row", INTEGER_ROWS)
+def test_an_integer_leaf_is_left_unchanged(row: str) -> None:
+    params = {"kernel": KERNEL, "table": np.arange(3, dtype=np.int32)}
+    check_types(row, params)
+    carry, output = list(run(row, params))[-1]
+    if row in ("transformation", "optimize_loss"):
+        np.testing.assert_array_equal(params_of(row, carry)["table"], params["table"])
+    else:
+        np.testing.assert_array_equal(output["table"], gradients_of(params, 1)["table"])
+
+
+@every_row
+def test_eight_devices_equal_one(row: str) -> None:
+    init, step, _ = face(row)
+    mesh = jax.make_mesh((8,), ("x",), axis_types=(AxisType.Auto,))
+
+    def sharded(tree: Any) -> Any:
+        return jax.tree.map(
+            lambda leaf: jax.device_put(leaf, NamedSharding(mesh, PartitionSpec("x" if leaf.ndim else None))), tree
+        )
+
+    carry = init(sharded(PARAMS))
+    for i, expected in enumerate(run(row, PARAMS, steps=3)):
+        carry, output = step(carry, sharded(gradients_of(PARAMS, i)))
+        assert_close((carry, output), expected)
+    assert len(params_of(row, carry)["kernel"].sharding.device_set) == 8
