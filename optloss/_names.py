@@ -68,7 +68,7 @@ def match_names(argument: str, keys: Iterable[str], names: Sequence[str], *, all
 
 def _unknown_name(argument: str, key: str, names: Sequence[str]) -> str:
     kind = "matches" if "*" in key else "is named"
-    shown = ", ".join(repr(name)[1:-1] for name in names[:10]) + (", ..." if len(names) > 10 else "")
+    shown = ", ".join(repr(name)[1:61].rstrip("'") for name in names[:10]) + (", ..." if len(names) > 10 else "")
     return f"{argument}: no parameter {kind} {key!r}.{did_you_mean(key, names)} Parameters: {shown}."
 
 

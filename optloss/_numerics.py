@@ -15,7 +15,7 @@ def global_norm(tree: Any) -> jax.Array:
 
         norm = sqrt(sum_i sum(leaf_i ** 2))
 
-    Right to 2 ulp from 1e-30 to 1e30: where the plain sum of squares overflows or vanishes, and only there, the
+    Right to 3 ulp from 1e-30 to 1e30: where the plain sum of squares overflows or vanishes, and only there, the
     leaves are first scaled by a power of two.
 
     Args:
@@ -46,14 +46,19 @@ def leaf_norms(tree: Any) -> tuple[jax.Array, jax.Array]:
     count = sum(leaf.size for leaf in leaves)
     smallest = 2 * count * jnp.finfo(dtype).tiny / jnp.finfo(dtype).eps
     plain = (total > smallest) & (total < jnp.inf)
-    norms: tuple[jax.Array, jax.Array] = jax.lax.cond(
-        plain, lambda: (sqrt(squares), sqrt(total)), lambda: _scaled_leaf_norms(leaves, dtype)
-    )
+    # Named branches with operands, so that a loop without jit does not compile them at every step.
+    norms: tuple[jax.Array, jax.Array] = jax.lax.cond(plain, _plain_norms, _scaled_norms, leaves, squares)
     return norms
 
 
-def _scaled_leaf_norms(leaves: list[jax.Array], dtype: np.dtype) -> tuple[jax.Array, jax.Array]:
-    """`leaf_norms` whose squares can neither overflow nor vanish: the largest element is first brought to 1."""
+def _plain_norms(leaves: list[jax.Array], squares: jax.Array) -> tuple[jax.Array, jax.Array]:
+    del leaves
+    return sqrt(squares), sqrt(jnp.sum(squares))
+
+
+def _scaled_norms(leaves: list[jax.Array], squares: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The norms where squares overflow or vanish: the largest element is first brought to about 1."""
+    dtype = squares.dtype
     largest = functools.reduce(jnp.maximum, [jnp.max(jnp.abs(x), initial=0).astype(dtype) for x in leaves])
     _, exponent = jnp.frexp(jax.lax.stop_gradient(largest))
     reach = jnp.finfo(dtype).maxexp - 3  # a power beyond it would itself be flushed to zero

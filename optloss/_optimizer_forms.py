@@ -60,6 +60,11 @@ def optimizer_function(optimizer: Any, learning_rate: ArrayLike | None) -> Optim
             "function of "
             "the learning rate (of nothing where that is None) would do."
         )
+    if learning_rate is None and optimizer in OPTIMIZER_CLS_NAMES.values():
+        raise ValueError(
+            "learning_rate: Learning rate is None, but should be specified if optimizer is class "
+            f"({describe(optimizer)})."
+        )
     check_arity("optimizer", optimizer, [] if learning_rate is None else ["learning_rate"])
 
     def call(rate: jax.Array | None) -> optax.GradientTransformationExtraArgs:

@@ -116,10 +116,31 @@ def loss_after(optimizer: Any, learning_rate: Any, steps: int = 30, **settings: 
     return float(out.loss)
 
 
-ALIASES = (
-    "adabelief adadelta adafactor adamax adamaxw adamw adan amsgrad fromage lamb lars lbfgs lion nadam nadamw novograd "
-    "optimistic_gradient_descent polyak_sgd radam rprop sign_sgd sm3 yogi"
-).split()
+ALIASES = [
+    "adabelief",
+    "adadelta",
+    "adafactor",
+    "adamax",
+    "adamaxw",
+    "adamw",
+    "adan",
+    "amsgrad",
+    "fromage",
+    "lamb",
+    "lars",
+    "lbfgs",
+    "lion",
+    "nadam",
+    "nadamw",
+    "novograd",
+    "optimistic_gradient_descent",
+    "polyak_sgd",
+    "radam",
+    "rprop",
+    "sign_sgd",
+    "sm3",
+    "yogi",
+]
 
 
 @pytest.mark.parametrize("name", ALIASES)
