@@ -131,7 +131,7 @@ def adaptive_clipping_fn(
         >>> for norm in [1.0, 1.1, 0.9, 1.0, 1.1, 0.9, 100.0]:
         ...     clipped, state = clip.update({"w": jnp.array([norm, 0.0])}, state)
         >>> print(f"{clipped['w'][0]:.3f}")
-        1.917
+        1.925
 
     TF1 kept E[L] and E[L**2], whose difference loses all digits for steady norms; the centred form above is the same
     number. TF1 passed the step's tensor as `global_step`. Optax has nothing like it: `optax.adaptive_grad_clip`

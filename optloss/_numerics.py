@@ -95,5 +95,6 @@ def scale_tree(tree: Any, factor: jax.Array) -> Any:
 
 
 def compute_dtype(*dtypes: Any) -> np.dtype:
-    """The dtype in which leaves of `dtypes` are computed: float32 for the 16-bit ones, else their own."""
-    return np.dtype(functools.reduce(jnp.promote_types, dtypes, jnp.float32))
+    """The dtype in which leaves of `dtypes` are computed together: float64 where one is that, else float32."""
+    wide = any(jnp.issubdtype(dtype, jnp.floating) and jnp.finfo(dtype).bits > 32 for dtype in dtypes)
+    return np.dtype(np.float64 if wide else np.float32)

@@ -246,7 +246,24 @@ def _initial_state(
     if settings.update_ops and state.model_state is None:
         raise ValueError("update_ops: there is no model state for them; init(params, model_state=...) would do.")
     opt_state = _unshared(init_stages(pipeline, state.params, key), state)
-    return state._replace(opt_states={**state.opt_states, pipeline.name: opt_state})
+    return _everywhere(state._replace(opt_states={**state.opt_states, pipeline.name: opt_state}))
+
+
+def _everywhere(state: TrainState) -> TrainState:
+    """The state with what lies on one device spread over the mesh of the others, where an update would leave it."""
+    leaves = [leaf for leaf in jax.tree.leaves(state) if not isinstance(leaf, jax.core.Tracer)]
+    meshes = {leaf.sharding.mesh for leaf in leaves if isinstance(leaf.sharding, jax.sharding.NamedSharding)}
+    if len(meshes) != 1:
+        return state
+    everywhere = jax.sharding.NamedSharding(meshes.pop(), jax.sharding.PartitionSpec())
+
+    def spread(leaf: jax.Array) -> jax.Array:
+        is_single = not isinstance(leaf, jax.core.Tracer) and isinstance(
+            leaf.sharding, jax.sharding.SingleDeviceSharding
+        )
+        return jax.device_put(leaf, everywhere) if is_single else leaf
+
+    return TrainState(*jax.tree.map(spread, tuple(state)))
 
 
 def _own(argument: str, tree: Any) -> Any:

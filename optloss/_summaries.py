@@ -108,6 +108,15 @@ def histogram(values: jax.Array) -> Histogram:
     TensorFlow's summary keeps only the buckets around those that are filled; here the shape must not hang on the
     values. `jnp.histogram` has evenly spaced bins and fails on explicitly sharded arrays.
     """
+    mesh = jax.typeof(values).sharding.mesh
+    if mesh.explicit_axes:  # neither a search nor a scatter has a rule for them
+        everywhere = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+        sharded = jax.sharding.auto_axes(_histogram, axes=mesh.explicit_axes, out_sharding=everywhere)
+        return Histogram(*sharded(values))
+    return _histogram(values)
+
+
+def _histogram(values: jax.Array) -> Histogram:
     limits = jnp.asarray(_bucket_limits())
     flat = jnp.ravel(values).astype(compute_dtype(values.dtype))
     finite = jnp.isfinite(flat)

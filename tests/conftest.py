@@ -1,25 +1,10 @@
-"""What all tests share: doctest's names, the dtype and rank rules, and the golden files."""
+"""What all tests share: the golden files."""
 
 import json
 from pathlib import Path
 from typing import Any
 
-import jax
-import jax.numpy as jnp
-import optax
-import pytest
-
-import optloss
-
 GOLDEN = Path(__file__).parent / "golden"
-
-# Eight devices, so that sharded tests run anywhere. It must come before the first array.
-jax.config.update("jax_num_cpu_devices", 8)
-
-
-@pytest.fixture(autouse=True)
-def _doctest_names(doctest_namespace: dict[str, Any]) -> None:
-    doctest_namespace.update(jax=jax, jnp=jnp, optax=optax, optloss=optloss)
 
 
 def read_golden(path: str) -> Any:

@@ -104,7 +104,7 @@ def test_a_rate_put_into_the_state_is_used_without_a_recompilation() -> None:
 
 
 def test_vmap_over_rates_trains_them_all_in_one_program() -> None:
-    rates = jnp.asarray([0.1, 0.2, 0.4])
+    rates = np.asarray([0.1, 0.2, 0.4], np.float32)
     train = optloss.optimize_loss(absolute, 0, 0.1, "Adam")
     states = jax.vmap(lambda rate: optax.tree.set(train.init({"var": 10.0}), learning_rate=rate))(rates)
     for _ in range(3):
@@ -189,7 +189,7 @@ def cost_of(variables: Any) -> tuple[float, int, Any, Any]:
 
 
 def test_parameters_that_are_not_selected_have_no_slots_and_no_gradient() -> None:
-    """The gradient of the first layer is a product of 2 * 8 * 256 * 256 operations; Adam's two slots are 8 bytes each."""
+    """The gradient of the first layer is 2 * 8 * 256 * 256 operations; Adam's two slots are 8 bytes each."""
     all_flops, all_slots, _, _ = cost_of(None)
     flops, slots, before, after = cost_of(["last"])
     assert all_slots - slots == 8 * WIDE["first"].size
@@ -340,7 +340,7 @@ def test_a_run_with_bad_batches_equals_the_run_without_them(bad: Any) -> None:
         for batch in batches:
             state, _ = train.update(state, jnp.asarray(batch, jnp.float32))
         final.append(jax.device_get(state))
-    clean, dirty = final
+    dirty = final[1]
     assert int(dirty.opt_states["OptimizeLoss"].nonfinite_steps) == 4
     clean_leaves, dirty_leaves = (jax.tree.leaves(optax.tree.set(s, nonfinite_steps=np.int32(0))) for s in final)
     for a, b in zip(clean_leaves, dirty_leaves, strict=True):
@@ -476,8 +476,7 @@ def test_colocate_gradients_with_ops_holds_gradients_to_their_parameters_shardin
         lambda p, x: jnp.mean((x @ p["w"]) ** 2), 0, 0.1, "Adam", colocate_gradients_with_ops=True
     )
     state = train.init(params)
-    text = train.update.lower(state, batch).as_text()
-    assert "shard_alike" in text or "shard_as" in text
+    assert "sharding_group" in train.update.lower(state, batch).as_text()
     state, _ = train.update(state, batch)
     assert state.params["w"].sharding.is_equivalent_to(parts, 2)
     assert state.opt_states["OptimizeLoss"].optimizer.m["w"].sharding.is_equivalent_to(parts, 2)
