@@ -46,23 +46,32 @@ def leaf_norms(tree: Any) -> tuple[jax.Array, jax.Array]:
     count = sum(leaf.size for leaf in leaves)
     smallest = 2 * count * jnp.finfo(dtype).tiny / jnp.finfo(dtype).eps
     plain = (total > smallest) & (total < jnp.inf)
-    # Named branches with operands, so that a loop without jit does not compile them at every step.
-    norms: tuple[jax.Array, jax.Array] = jax.lax.cond(plain, _plain_norms, _scaled_norms, leaves, squares)
+    # Two branches: fused into one, each leaf's sum would work out the scale anew, and compiling takes n**2. They are
+    # named functions, so that a loop without jit does not compile them at every step.
+    scale = jax.lax.cond(plain, _no_scale, _scale_to_one, leaves, total)
+    norms: tuple[jax.Array, jax.Array] = jax.lax.cond(plain, _plain_norms, _scaled_norms, leaves, squares, scale)
     return norms
 
 
-def _plain_norms(leaves: list[jax.Array], squares: jax.Array) -> tuple[jax.Array, jax.Array]:
+def _no_scale(leaves: list[jax.Array], total: jax.Array) -> jax.Array:
     del leaves
+    return jnp.ones_like(total)
+
+
+def _scale_to_one(leaves: list[jax.Array], total: jax.Array) -> jax.Array:
+    """The power of two that brings the largest element to about 1, so that squares can neither overflow nor vanish."""
+    largest = jnp.max(jnp.stack([jnp.max(jnp.abs(x), initial=0).astype(total.dtype) for x in leaves]))
+    _, exponent = jnp.frexp(jax.lax.stop_gradient(largest))
+    reach = jnp.finfo(total.dtype).maxexp - 3  # a power beyond it would itself be flushed to zero
+    return jnp.ldexp(jnp.ones_like(total), jnp.clip(-exponent, -reach, reach))
+
+
+def _plain_norms(leaves: list[jax.Array], squares: jax.Array, scale: jax.Array) -> tuple[jax.Array, jax.Array]:
+    del leaves, scale
     return sqrt(squares), sqrt(jnp.sum(squares))
 
 
-def _scaled_norms(leaves: list[jax.Array], squares: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """The norms where squares overflow or vanish: the largest element is first brought to about 1."""
-    dtype = squares.dtype
-    largest = functools.reduce(jnp.maximum, [jnp.max(jnp.abs(x), initial=0).astype(dtype) for x in leaves])
-    _, exponent = jnp.frexp(jax.lax.stop_gradient(largest))
-    reach = jnp.finfo(dtype).maxexp - 3  # a power beyond it would itself be flushed to zero
-    scale = jnp.ldexp(jnp.ones((), dtype), jnp.clip(-exponent, -reach, reach))
+def _scaled_norms(leaves: list[jax.Array], squares: jax.Array, scale: jax.Array) -> tuple[jax.Array, jax.Array]:
     squares = _sums_of_squares(leaves, scale)
     return sqrt(squares) / scale, sqrt(jnp.sum(squares)) / scale
 

@@ -17,7 +17,6 @@ from optloss._noise import NoiseScale
 from optloss._pipeline import (
     OptState,
     Pipeline,
-    all_finite,
     build_pipeline,
     check_flag,
     choose,
@@ -30,6 +29,7 @@ from optloss._pipeline import (
     merge,
     next_step,
     run_stages,
+    still_finite,
     strong_array,
 )
 from optloss._summaries import Summaries
@@ -349,7 +349,7 @@ def _step(
         value_fn=lambda trained: _mean(value(trained)[0], settings.axis_name),
     )
     params = merge(optax.apply_updates(trained, result.updates), state.params, selected)
-    finite = result.finite & all_finite(model_state)
+    finite = still_finite(result.finite, model_state, state.model_state)
     opt_states = {**state.opt_states, pipeline.name: result.state}
     new_state = TrainState(next_step(state.global_step, pipeline), params, model_state, opt_states)
     if pipeline.skips_nonfinite:

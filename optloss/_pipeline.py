@@ -24,7 +24,6 @@ __all__ = [
     "OptState",
     "Pipeline",
     "StepResult",
-    "all_finite",
     "build_pipeline",
     "check_flag",
     "choose",
@@ -37,6 +36,7 @@ __all__ = [
     "merge",
     "next_step",
     "run_stages",
+    "still_finite",
     "strong_array",
 ]
 
@@ -178,7 +178,10 @@ def run_stages(
         clip=keep_types("clip_gradients", clip, state.clip),
         optimizer=keep_types("optimizer", optimizer, state.optimizer),
     )
-    finite = jnp.isfinite(norms.before) & all_finite(updates) & _stays_finite(new_state, state)
+    finite = jnp.isfinite(norms.before)
+    if loss is not None:
+        finite &= jnp.isfinite(loss)
+    finite = still_finite(finite, (updates, new_state), (gradients, state))
     figures = StepFigures(
         loss=loss,
         learning_rate=None if pipeline.learning_rate_decay_fn is None else rate,
@@ -194,7 +197,7 @@ def run_stages(
         updates,
         new_state,
         lambda count: summarize(pipeline.summaries, pipeline.name, figures._replace(nonfinite_steps=count)),
-        finite if loss is None else finite & jnp.isfinite(loss),
+        finite,
     )
 
 
@@ -325,17 +328,21 @@ def colocate(gradients: Any, params: Any) -> Any:
     return jax.tree.map(lambda gradient, param: shard_alike(gradient, param)[0], gradients, params)
 
 
-def all_finite(tree: Any) -> jax.Array:
-    """Whether no real leaf of a tree has an element that is NaN or infinite."""
-    finite = [jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(tree) if _is_inexact(leaf)]
-    return jnp.all(jnp.stack(finite)) if finite else jnp.ones((), bool)
+def still_finite(finite: jax.Array, new: Any, old: Any) -> jax.Array:
+    """Whether `finite` holds and no element of `new` is NaN or infinite that was not so in `old`.
 
-
-def _stays_finite(new: Any, old: Any) -> jax.Array:
-    """Whether no element ceases to be finite. Some states begin with infinity, as the best loss of a plateau."""
+    Some states begin with infinity, as the best loss of a plateau.
+    """
     pairs = zip(jax.tree.leaves(new), jax.tree.leaves(old), strict=True)
-    stays = [jnp.all(jnp.isfinite(a) | ~jnp.isfinite(b)) for a, b in pairs if a is not b and _is_inexact(a)]
-    return jnp.all(jnp.stack(stays)) if stays else jnp.ones((), bool)
+    changed = [(a, b) for a, b in pairs if a is not b and _is_inexact(a)]
+    # A branch: as plain operations the flags of all leaves would be fused into every use, and compiling takes n**2.
+    still: jax.Array = jax.lax.cond(finite, _all_still_finite, lambda pairs: jnp.zeros((), bool), changed)
+    return still
+
+
+def _all_still_finite(pairs: list[tuple[jax.Array, jax.Array]]) -> jax.Array:
+    finite = [jnp.all(jnp.isfinite(a) | ~jnp.isfinite(b)) for a, b in pairs]
+    return jnp.all(jnp.stack(finite)) if finite else jnp.ones((), bool)
 
 
 def _is_inexact(leaf: jax.Array) -> bool:
