@@ -72,7 +72,8 @@ def _plain_norms(leaves: list[jax.Array], squares: jax.Array, scale: jax.Array) 
 
 
 def _scaled_norms(leaves: list[jax.Array], squares: jax.Array, scale: jax.Array) -> tuple[jax.Array, jax.Array]:
-    squares = _sums_of_squares(leaves, scale)
+    # The barrier hides constant leaves, whose squares the compiler would otherwise work out before they are scaled.
+    squares = _sums_of_squares(jax.lax.optimization_barrier(leaves), scale)
     return sqrt(squares) / scale, sqrt(jnp.sum(squares)) / scale
 
 

@@ -28,9 +28,10 @@ def step_of_optimize_loss(params: Any, gradients: Any, optimizer: Any = "SGD", r
     return state.params
 
 
+@pytest.mark.slow
 def test_a_chain_lets_bfloat16_gradients_through_a_clip() -> None:
-    """400 leaves: Optax's norm is 10 % low, so a limit of 0.9 of the true norm changes nothing."""
-    leaves = [jnp.full(25, 0.01, jnp.bfloat16) for _ in range(400)]
+    """320 leaves of 1: Optax adds 256 of them and no more, so a limit of 0.9 of the true norm changes nothing."""
+    leaves = [jnp.ones(1, jnp.bfloat16) for _ in range(320)]
     norm = float(np.sqrt(sum(np.sum(np.asarray(leaf, np.float64) ** 2) for leaf in leaves)))
     chain = optax.clip_by_global_norm(0.9 * norm)
     by_chain, _ = chain.update(leaves, chain.init(leaves))
@@ -39,7 +40,7 @@ def test_a_chain_lets_bfloat16_gradients_through_a_clip() -> None:
     norms = [
         np.sqrt(sum(np.sum(np.asarray(leaf, np.float64) ** 2) for leaf in tree)) / norm for tree in (by_chain, by_us)
     ]
-    assert norms == [pytest.approx(1.0), pytest.approx(0.9, rel=5e-3)]
+    assert norms == [pytest.approx(1.0, abs=1e-6), pytest.approx(0.9, rel=5e-3)]
 
 
 def test_a_chain_throws_a_large_finite_gradient_away() -> None:

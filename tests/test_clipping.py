@@ -25,6 +25,12 @@ def test_global_norm_is_right_where_magnitudes_mix() -> None:
     assert float(optloss.global_norm(tree)) == pytest.approx(5e25, rel=2e-7)
 
 
+def test_global_norm_of_constants_is_right_where_their_squares_overflow() -> None:
+    """The compiler folds constants: it must not square them before they are scaled."""
+    constants = [jnp.asarray([3e20, 4e20]), jnp.zeros(3)]
+    assert float(jax.jit(lambda: optloss.global_norm(constants))()) == pytest.approx(5e20, rel=2e-7)
+
+
 @pytest.mark.parametrize(
     ("value", "norm"), [(np.nan, np.nan), (np.inf, np.inf), (-np.inf, np.inf), (0.0, 0.0), (3e38, np.inf)]
 )
