@@ -30,7 +30,7 @@ from optloss._multipliers import MultiplyGradientsState, multiply_gradients
 from optloss._names import parameter_names
 from optloss._noise import GradientNoiseState, add_gradient_noise
 from optloss._numerics import global_norm
-from optloss._optimize_loss import TrainOp, TrainOutput, TrainState, optimize_loss
+from optloss._optimize_loss import TrainOp, TrainOutput, optimize_loss
 from optloss._optimizer_forms import OPTIMIZER_CLS_NAMES
 from optloss._optimizers import (
     AdagradState,
@@ -47,6 +47,7 @@ from optloss._optimizers import (
 )
 from optloss._pipeline import OptState
 from optloss._summaries import OPTIMIZER_SUMMARIES, Histogram, histogram
+from optloss._train_state import TrainState
 from optloss._transformation import TransformationState, transformation
 
 __all__ = [

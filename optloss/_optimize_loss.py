@@ -29,24 +29,16 @@ from optloss._pipeline import (
     merge,
     next_step,
     run_stages,
+    shardings_of,
     still_finite,
-    strong_array,
 )
 from optloss._summaries import Summaries
+from optloss._train_state import TrainState, own, spread_over_mesh, unshared
 from optloss._transformation import as_transformation
 
-__all__ = ["TrainOp", "TrainOutput", "TrainState", "optimize_loss"]
+__all__ = ["TrainOp", "TrainOutput", "optimize_loss"]
 
 UpdateOp = Callable[..., Any]
-
-
-class TrainState(NamedTuple):
-    """What training carries from step to step: arrays alone, of unchanging shape and dtype."""
-
-    global_step: jax.Array | None  # shape=(), an integer; None without a counter
-    params: Any  # the user's tree
-    model_state: Any  # the user's tree of what `update_ops` change; None without one
-    opt_states: dict[str, OptState]  # one for the name of each train op
 
 
 class TrainOutput(NamedTuple):
@@ -81,7 +73,7 @@ class _Settings(NamedTuple):
     update_ops: tuple[UpdateOp, ...] | None
     has_aux: bool
     axis_name: Any
-    colocates: bool
+    shardings: tuple[Any, ...] | None = None  # of all parameters, where gradients are held to them
 
 
 def optimize_loss(
@@ -134,7 +126,8 @@ def optimize_loss(
         name: Scope of the op's state and of its tags; None is "OptimizeLoss". Ops that share a state need different
         ones.
         summaries: Names from `OPTIMIZER_SUMMARIES`; None is loss, learning_rate and global_gradient_norm.
-        colocate_gradients_with_ops: Holds each gradient to its parameter's sharding.
+        colocate_gradients_with_ops: Holds each gradient to its parameter's sharding. Inside another jit or scan that is
+            known of explicit meshes alone.
         increment_global_step: Whether this op adds 1 to the step.
         has_aux: Whether the loss returns something besides, which comes out as `output.aux`.
         axis_name: Name of the axis of a `pmap`, `vmap` or `shard_map` over which gradients, loss, model state and the
@@ -169,7 +162,8 @@ def optimize_loss(
     Reference:
         `tf.contrib.layers.optimize_loss`, TensorFlow 1.15.
     """
-    settings = _check_settings(loss, update_ops, has_aux, axis_name, colocate_gradients_with_ops)
+    settings = _check_settings(loss, update_ops, has_aux, axis_name)
+    check_flag("colocate_gradients_with_ops", colocate_gradients_with_ops)
     pipeline = build_pipeline(
         global_step,
         learning_rate,
@@ -196,7 +190,7 @@ def optimize_loss(
 
     return TrainOp(
         init,
-        jax.jit(update, donate_argnums=0),
+        _jit_colocated(pipeline, settings) if colocate_gradients_with_ops else jax.jit(update, donate_argnums=0),
         as_transformation(pipeline, colocate_gradients=colocate_gradients_with_ops),
     )
 
@@ -206,7 +200,6 @@ def _check_settings(
     update_ops: Sequence[UpdateOp] | None,
     has_aux: bool,
     axis_name: Any,
-    colocate: bool,
 ) -> _Settings:
     """Raises what can be said of the loss and its surroundings before it runs."""
     if not callable(loss):
@@ -214,14 +207,13 @@ def _check_settings(
             f"loss: got {loss!r} of type {type(loss).__name__}; a function (params, *args) -> scalar would do."
         )
     check_flag("has_aux", has_aux)
-    check_flag("colocate_gradients_with_ops", colocate)
     if update_ops is not None:
         if not isinstance(update_ops, list | tuple):
             raise TypeError(f"update_ops: got {update_ops!r}; a list of functions of the model state would do.")
         for op in update_ops:
             if not callable(op):
                 raise TypeError(f"update_ops: got {op!r} among them; functions of the model state would do.")
-    return _Settings(loss, None if update_ops is None else tuple(update_ops), has_aux, axis_name, colocate)
+    return _Settings(loss, None if update_ops is None else tuple(update_ops), has_aux, axis_name)
 
 
 def _initial_state(
@@ -239,58 +231,14 @@ def _initial_state(
         if state.global_step is None:
             state = state._replace(global_step=initial_step(pipeline.global_step))
         if model_state is not None:
-            state = state._replace(model_state=_own("model_state", model_state))
+            state = state._replace(model_state=own("model_state", model_state))
     else:
         step = initial_step(pipeline.global_step)
-        state = TrainState(step, _own("params", params), _own("model_state", model_state), {})
+        state = TrainState(step, own("params", params), own("model_state", model_state), {})
     if settings.update_ops and state.model_state is None:
         raise ValueError("update_ops: there is no model state for them; init(params, model_state=...) would do.")
-    opt_state = _unshared(init_stages(pipeline, state.params, key), state)
-    return _everywhere(state._replace(opt_states={**state.opt_states, pipeline.name: opt_state}))
-
-
-def _everywhere(state: TrainState) -> TrainState:
-    """The state with what lies on one device spread over the mesh of the others, where an update would leave it."""
-    leaves = [leaf for leaf in jax.tree.leaves(state) if not isinstance(leaf, jax.core.Tracer)]
-    meshes = {leaf.sharding.mesh for leaf in leaves if isinstance(leaf.sharding, jax.sharding.NamedSharding)}
-    if len(meshes) != 1:
-        return state
-    everywhere = jax.sharding.NamedSharding(meshes.pop(), jax.sharding.PartitionSpec())
-
-    def spread(leaf: jax.Array) -> jax.Array:
-        is_single = not isinstance(leaf, jax.core.Tracer) and isinstance(
-            leaf.sharding, jax.sharding.SingleDeviceSharding
-        )
-        return jax.device_put(leaf, everywhere) if is_single else leaf
-
-    return TrainState(*jax.tree.map(spread, tuple(state)))
-
-
-def _own(argument: str, tree: Any) -> Any:
-    """Copies of the arrays of a tree: the update donates its state, and what the user holds must stay alive."""
-
-    def copy(leaf: Any) -> jax.Array:
-        try:
-            return strong_array(jnp.array(leaf, copy=True))
-        except (TypeError, ValueError) as error:
-            raise TypeError(
-                f"{argument}: got {leaf!r} of type {type(leaf).__name__} among the leaves; arrays and numbers would do."
-            ) from error
-
-    return jax.tree.map(copy, tree)
-
-
-def _unshared(tree: Any, state: TrainState) -> Any:
-    """The tree with a copy for each array that stands in it, or in the state, before: none can be donated twice."""
-    seen = {id(leaf) for leaf in jax.tree.leaves(state)}
-
-    def once(leaf: jax.Array) -> jax.Array:
-        if id(leaf) in seen:
-            leaf = jnp.array(leaf, copy=True)
-        seen.add(id(leaf))
-        return leaf
-
-    return jax.tree.map(once, tree)
+    opt_state = unshared(init_stages(pipeline, state.params, key), state)
+    return spread_over_mesh(state._replace(opt_states={**state.opt_states, pipeline.name: opt_state}))
 
 
 def _check_state(pipeline: Pipeline, settings: _Settings, state: TrainState, args: tuple[Any, ...]) -> None:
@@ -335,8 +283,9 @@ def _step(
     (loss, (model_state, aux)), gradients = jax.value_and_grad(value, has_aux=True)(trained)
     loss, gradients, model_state = _mean((loss, gradients, model_state), settings.axis_name)
     aux = _mean(aux, settings.axis_name, scalars_only=True)
-    if settings.colocates:
-        gradients = colocate(gradients, trained)
+    if settings.shardings is not None:
+        kept = [sharding for sharding, chosen in zip(settings.shardings, selected, strict=True) if chosen]
+        gradients = colocate(gradients, kept)
     result = run_stages(
         pipeline,
         gradients,
@@ -359,6 +308,24 @@ def _step(
     opt_states[pipeline.name] = opt_states[pipeline.name]._replace(nonfinite_steps=nonfinite_steps)
     output = TrainOutput(loss, aux, result.summaries(nonfinite_steps))
     return new_state._replace(opt_states=opt_states), output
+
+
+def _jit_colocated(pipeline: Pipeline, settings: _Settings) -> Callable[..., tuple[TrainState, TrainOutput]]:
+    """The jitted step, told how the parameters lie: inside a program a sharding over an Auto mesh cannot be seen."""
+
+    def step(
+        shardings: tuple[Any, ...], state: TrainState, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[TrainState, TrainOutput]:
+        return _step(pipeline, settings._replace(shardings=shardings), state, args, kwargs)
+
+    jitted = jax.jit(step, static_argnums=0, donate_argnums=1)
+
+    def update(state: TrainState, *args: Any, **kwargs: Any) -> tuple[TrainState, TrainOutput]:
+        _op_state(pipeline, state)
+        result: tuple[TrainState, TrainOutput] = jitted(shardings_of(state.params), state, args, kwargs)
+        return result
+
+    return update
 
 
 def _op_state(pipeline: Pipeline, state: TrainState) -> OptState:

@@ -7,7 +7,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.experimental.shard_alike import shard_alike
 from jax.typing import ArrayLike
 
 from optloss._check import check_choice
@@ -36,6 +35,7 @@ __all__ = [
     "merge",
     "next_step",
     "run_stages",
+    "shardings_of",
     "still_finite",
     "strong_array",
 ]
@@ -323,9 +323,25 @@ def choose(finite: jax.Array, new: Any, old: Any) -> Any:
     return jax.tree.map(lambda a, b: b if a is b else jnp.where(finite, a, b), new, old)
 
 
-def colocate(gradients: Any, params: Any) -> Any:
-    """Holds each gradient to the sharding of its parameter, whatever the compiler finds that to be."""
-    return jax.tree.map(lambda gradient, param: shard_alike(gradient, param)[0], gradients, params)
+def shardings_of(params: Any) -> tuple[jax.sharding.Sharding | None, ...]:
+    """How each parameter lies on its mesh; None where it is traced, or where its type says it and gradients follow."""
+
+    def sharding_of(leaf: Any) -> jax.sharding.Sharding | None:
+        sharding = None if isinstance(leaf, jax.core.Tracer) else getattr(leaf, "sharding", None)
+        is_known = isinstance(sharding, jax.sharding.NamedSharding) and not sharding.mesh.explicit_axes
+        return sharding if is_known else None
+
+    return tuple(sharding_of(leaf) for leaf in jax.tree.leaves(params))
+
+
+def colocate(gradients: Any, shardings: Sequence[jax.sharding.Sharding | None]) -> Any:
+    """Holds each gradient to the sharding of its parameter."""
+    leaves, treedef = jax.tree.flatten(gradients)
+    held = [
+        leaf if sharding is None else jax.lax.with_sharding_constraint(leaf, sharding)
+        for leaf, sharding in zip(leaves, shardings, strict=True)
+    ]
+    return jax.tree.unflatten(treedef, held)
 
 
 def still_finite(finite: jax.Array, new: Any, old: Any) -> jax.Array:

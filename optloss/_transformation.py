@@ -27,6 +27,7 @@ from optloss._pipeline import (
     merge,
     next_step,
     run_stages,
+    shardings_of,
 )
 from optloss._summaries import Summaries
 
@@ -138,7 +139,7 @@ def as_transformation(pipeline: Pipeline, *, colocate_gradients: bool) -> optax.
         selected = select_parameters(pipeline.variables, params)
         trained, gradients = keep(params, selected), keep(updates, selected)
         if colocate_gradients:
-            gradients = colocate(gradients, trained)
+            gradients = colocate(gradients, shardings_of(trained))
         if value is not None:
             extra_args["value"] = value
         if "grad" in extra_args:

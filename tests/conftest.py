@@ -4,6 +4,11 @@ import json
 from pathlib import Path
 from typing import Any
 
+import jax
+
+# jax.enable_x64 is a context manager from 0.8 on; before, it was jax.experimental's.
+enable_x64 = jax.enable_x64 if hasattr(jax, "enable_x64") else jax.experimental.enable_x64
+
 GOLDEN = Path(__file__).parent / "golden"
 
 

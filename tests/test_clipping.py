@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from conftest import enable_x64
 
 import optloss
 
@@ -48,7 +49,7 @@ def test_global_norm_of_many_sixteen_bit_leaves_is_that_of_their_float32_values(
 
 
 def test_global_norm_of_float64_keeps_its_digits() -> None:
-    with jax.enable_x64(True):
+    with enable_x64(True):
         norm = optloss.global_norm({"w": jnp.asarray([1.0, 1e-7], jnp.float64)})
         assert norm.dtype == np.float64
         assert float(norm) == pytest.approx(np.sqrt(1 + 1e-14), rel=1e-15)

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from conftest import enable_x64
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import optloss
@@ -320,7 +321,7 @@ def test_types_stay_in_every_step(row: str) -> None:
 @every_row
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_dtypes_stay(row: str, dtype: str) -> None:
-    with jax.enable_x64("float64" in dtype):
+    with enable_x64("float64" in dtype):
         check_types(row, cast(dtype))
 
 

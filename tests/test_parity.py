@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import GOLDEN, read_golden
+from conftest import GOLDEN, enable_x64, read_golden
 
 import optloss
 
@@ -195,7 +195,7 @@ def test_optimize_loss_follows_the_recorded_trajectory(trajectory: str) -> None:
 @pytest.mark.parametrize("trajectory", [t for t in TRAJECTORIES if "_f64" in t])
 @pytest.mark.parametrize(("convert", "tolerance"), [(lambda value: value, 1e-6), (rounded, 1e-11)])
 def test_optimize_loss_follows_the_recorded_float64_trajectory(trajectory: str, convert: Any, tolerance: float) -> None:
-    with jax.enable_x64(True):
+    with enable_x64(True):
         check_trajectory(read_golden(f"trajectories/{trajectory}.json"), convert, tolerance)
 
 

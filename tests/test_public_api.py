@@ -17,7 +17,7 @@ ROWS = [
     ["_noise", "_multipliers", "_clipping", "_decay", "_learning_rate", "_optimizers", "_summaries"],
     ["_decay_cosine", "_optimizer_forms"],
     ["_pipeline"],
-    ["_transformation"],
+    ["_transformation", "_train_state"],
     ["_optimize_loss"],
     ["__init__", "tensorboard"],
 ]
