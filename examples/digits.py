@@ -38,7 +38,7 @@ class Network(nn.Module):
         x = nn.relu(nn.Dense(32, name="conv_1")(windows(x)))
         x = nn.relu(nn.Dense(48, name="conv_2")(windows(x)))
         x = nn.max_pool(x, (2, 2), (2, 2)).reshape(len(x), -1)
-        return nn.Dense(10, name="dense")(nn.Dropout(0.25, deterministic=not train)(x))
+        return nn.Dense(10, name="dense")(nn.Dropout(0.4, deterministic=not train)(x))
 
 
 def windows(x):
@@ -120,7 +120,7 @@ def draw(summaries, images, labels, odds):
 def main():
     """Trains, tests, logs and draws."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--epochs", type=int, default=20)
+    parser.add_argument("--epochs", type=int, default=25)
     parser.add_argument("--seed", type=int, default=0, help="of parameters, noise, dropout and order")
     parser.add_argument("--out", default="runs/digits", help="folder of the log and the picture")
     args = parser.parse_args()

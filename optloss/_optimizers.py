@@ -1,21 +1,20 @@
 """The six optimizers of the original, to its numbers."""
 
-from collections.abc import Callable
-from typing import Any, NamedTuple, TypeAlias
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike
 
-from optloss._check import check_arity, check_number
-from optloss._numerics import compute_dtype, sqrt
+from optloss._check import check_number
+from optloss._numerics import sqrt
+from optloss._rule import LearningRate, leafwise, optimizer_of, slots
 
 __all__ = [
     "AdagradState",
     "AdamState",
     "FtrlState",
-    "LearningRate",
     "MomentumState",
     "RMSPropState",
     "adagrad",
@@ -25,8 +24,6 @@ __all__ = [
     "rmsprop",
     "sgd",
 ]
-
-LearningRate: TypeAlias = ArrayLike | Callable[[jax.Array], ArrayLike]
 
 
 def sgd(learning_rate: LearningRate) -> optax.GradientTransformation:
@@ -59,10 +56,10 @@ def sgd(learning_rate: LearningRate) -> optax.GradientTransformation:
         def rule(g: jax.Array) -> tuple[jax.Array]:
             return (-rate.astype(g.dtype) * g,)
 
-        (updates,) = _leafwise(rule, updates)
+        (updates,) = leafwise(rule, updates)
         return updates, state
 
-    return _optimizer(learning_rate, lambda params: optax.EmptyState(), update_fn)
+    return optimizer_of(learning_rate, lambda params: optax.EmptyState(), update_fn)
 
 
 class MomentumState(NamedTuple):
@@ -104,7 +101,7 @@ def momentum(
     decay = check_number("momentum", momentum, at_least=0)
 
     def init_fn(params: optax.Params) -> MomentumState:
-        return MomentumState(_slots(params, 0.0))
+        return MomentumState(slots(params, 0.0))
 
     def update_fn(
         rate: jax.Array, updates: optax.Updates, state: MomentumState, params: optax.Params | None
@@ -116,10 +113,10 @@ def momentum(
             a = mu * a + g
             return -lr * (g + mu * a) if use_nesterov else -lr * a, a
 
-        updates, accumulator = _leafwise(rule, updates, state.accumulator)
+        updates, accumulator = leafwise(rule, updates, state.accumulator)
         return updates, MomentumState(accumulator)
 
-    return _optimizer(learning_rate, init_fn, update_fn)
+    return optimizer_of(learning_rate, init_fn, update_fn)
 
 
 class AdagradState(NamedTuple):
@@ -157,7 +154,7 @@ def adagrad(learning_rate: LearningRate, initial_accumulator_value: ArrayLike = 
     start = check_number("initial_accumulator_value", initial_accumulator_value, above=0)
 
     def init_fn(params: optax.Params) -> AdagradState:
-        return AdagradState(_slots(params, start))
+        return AdagradState(slots(params, start))
 
     def update_fn(
         rate: jax.Array, updates: optax.Updates, state: AdagradState, params: optax.Params | None
@@ -168,10 +165,10 @@ def adagrad(learning_rate: LearningRate, initial_accumulator_value: ArrayLike = 
             a = a + g * g
             return -rate.astype(a.dtype) * g / jnp.sqrt(a), a
 
-        updates, accumulator = _leafwise(rule, updates, state.accumulator)
+        updates, accumulator = leafwise(rule, updates, state.accumulator)
         return updates, AdagradState(accumulator)
 
-    return _optimizer(learning_rate, init_fn, update_fn)
+    return optimizer_of(learning_rate, init_fn, update_fn)
 
 
 class AdamState(NamedTuple):
@@ -225,7 +222,7 @@ def adam(
 
     def init_fn(params: optax.Params) -> AdamState:
         powers = jnp.asarray(b1, jnp.float32), jnp.asarray(b2, jnp.float32)
-        return AdamState(_slots(params, 0.0), _slots(params, 0.0), *powers)
+        return AdamState(slots(params, 0.0), slots(params, 0.0), *powers)
 
     def update_fn(
         rate: jax.Array, updates: optax.Updates, state: AdamState, params: optax.Params | None
@@ -241,10 +238,10 @@ def adam(
             return -alpha * m / (sqrt(v) + jnp.asarray(eps, v.dtype)), m, v
 
         beta1_32, beta2_32 = jnp.asarray(b1, jnp.float32), jnp.asarray(b2, jnp.float32)
-        updates, m, v = _leafwise(rule, updates, state.m, state.v)
+        updates, m, v = leafwise(rule, updates, state.m, state.v)
         return updates, AdamState(m, v, state.beta1_power * beta1_32, state.beta2_power * beta2_32)
 
-    return _optimizer(learning_rate, init_fn, update_fn)
+    return optimizer_of(learning_rate, init_fn, update_fn)
 
 
 class RMSPropState(NamedTuple):
@@ -302,9 +299,9 @@ def rmsprop(
 
     def init_fn(params: optax.Params) -> RMSPropState:
         return RMSPropState(
-            _slots(params, 1.0),
-            _slots(params, 0.0) if has_momentum else None,
-            _slots(params, 0.0) if centered else None,
+            slots(params, 1.0),
+            slots(params, 0.0) if has_momentum else None,
+            slots(params, 0.0) if centered else None,
         )
 
     def update_fn(
@@ -327,10 +324,10 @@ def rmsprop(
                 step = slots["momentum"] = jnp.asarray(mu, ms.dtype) * slots["momentum"] + step
             return -step, ms, *slots.values()
 
-        updates, *new = _leafwise(rule, updates, *trees.values())
+        updates, *new = leafwise(rule, updates, *trees.values())
         return updates, state._replace(**dict(zip(trees, new, strict=True)))
 
-    return _optimizer(learning_rate, init_fn, update_fn)
+    return optimizer_of(learning_rate, init_fn, update_fn)
 
 
 class FtrlState(NamedTuple):
@@ -392,7 +389,7 @@ def ftrl(
         raise ValueError("learning_rate: got 0, by which Ftrl divides; a finite number > 0 would do.")
 
     def init_fn(params: optax.Params) -> FtrlState:
-        return FtrlState(_slots(params, start), _slots(params, 0.0))
+        return FtrlState(slots(params, start), slots(params, 0.0))
 
     def update_fn(
         rate: jax.Array, updates: optax.Updates, state: FtrlState, params: optax.Params | None
@@ -411,10 +408,10 @@ def ftrl(
             new_w = jnp.where(outside, (bound * jnp.sign(z) - z) / divisor, 0)
             return new_w - w, new_n, z
 
-        updates, accumulator, linear = _leafwise(rule, updates, state.accumulator, state.linear, given=(params,))
+        updates, accumulator, linear = leafwise(rule, updates, state.accumulator, state.linear, given=(params,))
         return updates, FtrlState(accumulator, linear)
 
-    return _optimizer(learning_rate, init_fn, update_fn)
+    return optimizer_of(learning_rate, init_fn, update_fn)
 
 
 def _to_the_minus(power: ArrayLike, n: jax.Array) -> jax.Array:
@@ -422,65 +419,3 @@ def _to_the_minus(power: ArrayLike, n: jax.Array) -> jax.Array:
     if isinstance(power, float) and power == -0.5:
         return sqrt(n)
     return n ** -jnp.asarray(power, n.dtype)
-
-
-class ScheduledState(NamedTuple):
-    """State of an optimizer whose rate is a function of the step."""
-
-    step: jax.Array  # shape=(), int32: the steps so far
-    optimizer: optax.OptState
-
-
-def _optimizer(
-    learning_rate: LearningRate,
-    init_fn: Callable[[optax.Params], Any],
-    update_fn: Callable[[jax.Array, optax.Updates, Any, optax.Params | None], tuple[optax.Updates, Any]],
-) -> optax.GradientTransformation:
-    """Makes the transformation of a rule that takes the rate of the step."""
-    if callable(learning_rate):
-        check_arity("learning_rate", learning_rate, ["count"])
-
-        def scheduled_init(params: optax.Params) -> ScheduledState:
-            return ScheduledState(jnp.zeros((), jnp.int32), init_fn(params))
-
-        def scheduled_update(
-            updates: optax.Updates, state: ScheduledState, params: optax.Params | None = None
-        ) -> tuple[optax.Updates, ScheduledState]:
-            rate = jnp.asarray(learning_rate(state.step))
-            updates, inner = update_fn(rate, updates, state.optimizer, params)
-            return updates, ScheduledState(optax.safe_increment(state.step), inner)
-
-        return optax.GradientTransformation(scheduled_init, scheduled_update)
-    rate = check_number("learning_rate", learning_rate, at_least=0, wrong_type=ValueError)
-
-    def constant_update(
-        updates: optax.Updates, state: Any, params: optax.Params | None = None
-    ) -> tuple[optax.Updates, Any]:
-        widest = compute_dtype(*(leaf.dtype for leaf in jax.tree.leaves(updates)))
-        return update_fn(jnp.asarray(rate, widest), updates, state, params)
-
-    return optax.GradientTransformation(init_fn, constant_update)
-
-
-def _slots(params: optax.Params, value: ArrayLike) -> optax.Updates:
-    """A slot for each parameter, filled with `value`, in the dtype in which its step is computed."""
-    return jax.tree.map(lambda leaf: jnp.full_like(leaf, value, dtype=compute_dtype(leaf.dtype)), params)
-
-
-def _leafwise(
-    rule: Callable[..., tuple[jax.Array, ...]], updates: optax.Updates, *slots: Any, given: tuple[Any, ...] = ()
-) -> tuple[Any, ...]:
-    """Applies a rule from (gradient, slots..., given...) to (update, new slots...) to each leaf.
-
-    It computes in the slots' dtype; the update leaves in the gradient's.
-    """
-    gradients, treedef = jax.tree.flatten(updates)
-    columns = [jax.tree.leaves(tree) for tree in (*slots, *given)]
-    rows = []
-    for gradient, *others in zip(gradients, *columns, strict=True):
-        dtype = others[0].dtype if others else compute_dtype(gradient.dtype)
-        update, *rest = rule(gradient.astype(dtype), *others)
-        rows.append((update.astype(gradient.dtype), *rest))
-    if not rows:
-        return updates, *slots
-    return tuple(jax.tree.unflatten(treedef, column) for column in zip(*rows, strict=True))
