@@ -312,17 +312,17 @@ def rmsprop(
         trees = {name: tree for name, tree in state._asdict().items() if tree is not None}
 
         def rule(g: jax.Array, ms: jax.Array, *others: jax.Array) -> tuple[jax.Array, ...]:
-            slots = dict(zip(list(trees)[1:], others, strict=True))
+            held = dict(zip(list(trees)[1:], others, strict=True))
             keep = 1 - jnp.asarray(decay, ms.dtype)
             ms = ms + (g * g - ms) * keep
             spread = ms
             if centered:
-                mg = slots["mean_gradient"] = slots["mean_gradient"] + (g - slots["mean_gradient"]) * keep
+                mg = held["mean_gradient"] = held["mean_gradient"] + (g - held["mean_gradient"]) * keep
                 spread = jnp.maximum(ms - mg * mg, 0)  # rounding alone makes it negative
             step = rate.astype(ms.dtype) * g / jnp.sqrt(spread + jnp.asarray(eps, ms.dtype))
             if has_momentum:
-                step = slots["momentum"] = jnp.asarray(mu, ms.dtype) * slots["momentum"] + step
-            return -step, ms, *slots.values()
+                step = held["momentum"] = jnp.asarray(mu, ms.dtype) * held["momentum"] + step
+            return -step, ms, *held.values()
 
         updates, *new = leafwise(rule, updates, *trees.values())
         return updates, state._replace(**dict(zip(trees, new, strict=True)))
