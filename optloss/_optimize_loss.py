@@ -298,7 +298,7 @@ def _step(
         value_fn=lambda trained: _mean(value(trained)[0], settings.axis_name),
     )
     params = merge(optax.apply_updates(trained, result.updates), state.params, selected)
-    finite = still_finite(result.finite, model_state, state.model_state)
+    finite = still_finite(result.finite, (params, model_state), (state.params, state.model_state))
     opt_states = {**state.opt_states, pipeline.name: result.state}
     new_state = TrainState(next_step(state.global_step, pipeline), params, model_state, opt_states)
     if pipeline.skips_nonfinite:
@@ -386,9 +386,8 @@ def _check_loss(settings: _Settings, loss: Any) -> None:
     """Raises the ValueError that the original raised for what is no scalar."""
     if isinstance(loss, int | float) and not isinstance(loss, bool):
         raise ValueError(
-            f"loss: {describe(settings.loss)} returned {loss!r}. No gradients provided for any variable: a "
-            "Python number "
-            "depends on no parameter."
+            f"loss: {describe(settings.loss)} returned {loss!r}. No gradients provided for any variable: a Python "
+            "number depends on no parameter."
         )
     is_real = hasattr(loss, "dtype") and jnp.issubdtype(loss.dtype, jnp.floating)
     if not is_real or loss.shape != ():

@@ -58,7 +58,7 @@ class StepResult(NamedTuple):
     updates: optax.Updates
     state: OptState
     summaries: Callable[[jax.Array], Summaries]  # of the new count of non-finite steps
-    finite: jax.Array  # shape=(), bool
+    finite: jax.Array  # shape=(), bool: loss, gradient norm and new state; the updates are the caller's to look at
 
 
 class Pipeline(NamedTuple):
@@ -181,7 +181,6 @@ def run_stages(
     finite = jnp.isfinite(norms.before)
     if loss is not None:
         finite &= jnp.isfinite(loss)
-    finite = still_finite(finite, (updates, new_state), (gradients, state))
     figures = StepFigures(
         loss=loss,
         learning_rate=None if pipeline.learning_rate_decay_fn is None else rate,
@@ -197,7 +196,7 @@ def run_stages(
         updates,
         new_state,
         lambda count: summarize(pipeline.summaries, pipeline.name, figures._replace(nonfinite_steps=count)),
-        finite,
+        still_finite(finite, new_state, state),
     )
 
 

@@ -28,6 +28,7 @@ from optloss._pipeline import (
     next_step,
     run_stages,
     shardings_of,
+    still_finite,
 )
 from optloss._summaries import Summaries
 
@@ -119,6 +120,8 @@ def transformation(
 
 def as_transformation(pipeline: Pipeline, *, colocate_gradients: bool) -> optax.GradientTransformationExtraArgs:
     """The pipeline's face for loops that have gradients already."""
+    # Without the loss, which comes or does not: the state's tree must not hang on that.
+    pipeline = pipeline._replace(summaries=tuple(tag for tag in pipeline.summaries if tag != "loss"))
 
     def init_fn(params: optax.Params) -> TransformationState:
         step = initial_step(pipeline.global_step)
@@ -150,11 +153,12 @@ def as_transformation(pipeline: Pipeline, *, colocate_gradients: bool) -> optax.
         result = run_stages(pipeline, gradients, state.opt_state, trained, state.global_step, value, **extra_args)
         # Not 0.0: adding that would make 0.0 of -0.0.
         nothing = jax.tree.map(lambda leaf: jnp.full_like(leaf, -0.0), updates)
+        finite = still_finite(result.finite, result.updates, gradients)
         new_updates, new_step, opt_state = result.updates, next_step(state.global_step, pipeline), result.state
         if pipeline.skips_nonfinite:
-            new_updates = choose(result.finite, new_updates, keep(nothing, selected))
-            new_step, opt_state = choose(result.finite, (new_step, opt_state), (state.global_step, state.opt_state))
-        count = state.opt_state.nonfinite_steps + (~result.finite).astype(jnp.int32)
+            new_updates = choose(finite, new_updates, keep(nothing, selected))
+            new_step, opt_state = choose(finite, (new_step, opt_state), (state.global_step, state.opt_state))
+        count = state.opt_state.nonfinite_steps + (~finite).astype(jnp.int32)
         opt_state = opt_state._replace(nonfinite_steps=count)
         return merge(new_updates, nothing, selected), TransformationState(new_step, opt_state, result.summaries(count))
 

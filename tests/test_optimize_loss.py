@@ -378,6 +378,15 @@ def test_the_transformation_skips_bad_gradients_too() -> None:
     assert int(state.global_step) == 0
     _, state = optimizer.update({"w": jnp.ones(2)}, state, params, value=jnp.nan)
     assert int(state.opt_state.nonfinite_steps) == 2
+    assert jax.tree.structure(state) == jax.tree.structure(first)
+
+
+def test_a_parameter_that_would_overflow_is_left_as_it_was() -> None:
+    """3e38 - (-1e38) is beyond float32, though the update is not."""
+    train = optloss.optimize_loss(lambda p: -1e38 * jnp.sum(p["w"] / 3e38) * 3e38, 0, 1.0, "SGD")
+    state, _ = train.update(train.init({"w": jnp.full(2, 3e38)}))
+    np.testing.assert_array_equal(state.params["w"], np.float32(3e38))
+    assert int(state.opt_states["OptimizeLoss"].nonfinite_steps) == 1
 
 
 # ---- both faces ------------------------------------------------------------------------------------------------------
