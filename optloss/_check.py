@@ -119,8 +119,9 @@ def check_arity(argument: str, function: Callable[..., Any], parameters: Sequenc
     try:
         signature.bind(*parameters)
     except TypeError as error:
+        takes = ", ".join(str(p.replace(annotation=p.empty)) for p in signature.parameters.values())
         wanted = ", ".join(parameters)
-        raise TypeError(f"{argument}: {describe(function)} takes {signature}, not ({wanted}): {error}.") from error
+        raise TypeError(f"{argument}: {describe(function)} takes ({takes}), not ({wanted}): {error}.") from error
 
 
 def shape_of_call(argument: str, function: Callable[..., Any], *args: ArrayLike | jax.ShapeDtypeStruct) -> Any:
