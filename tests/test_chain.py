@@ -98,6 +98,7 @@ def test_a_chain_counts_frozen_gradients_in_the_norm() -> None:
     assert (float(ours["a"][0]), float(ours["frozen"][0])) == (0.0, 1.0)
 
 
+@pytest.mark.slow
 def test_a_chain_moves_frozen_parameters() -> None:
     """By noise, by weight decay, and, where `masked` was meant to freeze, up the gradient."""
     zero, one = jax.tree.map(jnp.zeros_like, FROZEN), jax.tree.map(jnp.ones_like, FROZEN)

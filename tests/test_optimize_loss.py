@@ -189,6 +189,7 @@ def cost_of(variables: Any) -> tuple[float, int, Any, Any]:
     return flops, slots, before, after
 
 
+@pytest.mark.slow
 def test_parameters_that_are_not_selected_have_no_slots_and_no_gradient() -> None:
     """The gradient of the first layer is 2 * 8 * 256 * 256 operations; Adam's two slots are 8 bytes each."""
     all_flops, all_slots, _, _ = cost_of(None)
@@ -237,6 +238,7 @@ def gan_losses() -> tuple[Any, Any]:
     return discriminator, generator
 
 
+@pytest.mark.slow
 def test_two_ops_train_a_gan_on_one_state() -> None:
     """Two losses, two subsets, one shared step that the generator's op alone moves."""
     discriminator_loss, generator_loss = gan_losses()
@@ -392,6 +394,7 @@ def test_a_parameter_that_would_overflow_is_left_as_it_was() -> None:
 # ---- both faces ------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_transformation_takes_the_steps_of_optimize_loss() -> None:
     settings = {
         "global_step": 3,
@@ -455,6 +458,7 @@ def test_the_stages_chained_by_hand_are_the_pipeline() -> None:
 # ---- devices ---------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_pmap_with_an_axis_name_averages_and_keeps_replicas_equal() -> None:
     """Eight shards of one batch give the step of the whole batch, with noise on."""
 

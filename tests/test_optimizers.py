@@ -143,10 +143,11 @@ ALIASES = [
 ]
 
 
-@pytest.mark.parametrize("name", ALIASES)
+@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow) if n == "lbfgs" else n for n in ALIASES])
 def test_an_optax_name_is_optax_function_of_the_rate(name: str) -> None:
-    assert loss_after(name, 0.01, steps=2) == pytest.approx(loss_after(getattr(optax, name), 0.01, steps=2), rel=1e-6)
-    assert loss_after(name, 0.01, steps=5) < 42.0  # the loss before the first step
+    got = loss_after(name, 0.01, steps=5)
+    assert got == pytest.approx(loss_after(getattr(optax, name), 0.01, steps=5), rel=1e-6)
+    assert got < 42.0  # the loss before the first step
 
 
 @pytest.mark.parametrize(
@@ -168,6 +169,7 @@ def test_an_optimizer_that_wants_more_than_gradients_is_given_it(
     assert loss_after(optimizer, learning_rate, variables=variables) == pytest.approx(left, abs=0.01)
 
 
+@pytest.mark.slow
 def test_the_transformation_hands_value_and_value_fn_on() -> None:
     optimizer = optloss.transformation(0, None, optax.lbfgs(), variables=["w"])
     params = {"w": jnp.zeros(4), "m": jnp.ones((3, 2))}
