@@ -122,7 +122,7 @@ def _noise_key(key: ArrayLike) -> jax.Array:
     if isinstance(key, int | np.integer):
         # Both words: jax.random.key drops the high one where x64 is off.
         return jnp.asarray(np.array([int(key) >> 32, int(key) & 0xFFFFFFFF], np.uint32))
-    key = jnp.asarray(key)
+    key = jnp.array(key, copy=True)  # the state may be donated, and the caller's key must not be
     if key.shape == (2,):
         return key
     if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
