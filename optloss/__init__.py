@@ -2,8 +2,7 @@
 
     loss ─ value_and_grad, with respect to `variables` alone
       │
-    gradients ─ mean over `axis_name` ─ noise ─ multipliers ─┬─ clip ─┬─ optimizer(rate at global_step) ─ apply ─
-    step + 1
+    gradients ─ mean over `axis_name` ─ noise ─ multipliers ─┬─ clip ─┬─ optimizer(decayed rate) ─ apply ─ step + 1
                                                              │        │
                                                  norm before ┘        └ norm after      = summaries
 

@@ -67,9 +67,8 @@ def scale_by_decayed_learning_rate(
 
     Args:
         learning_rate: The rate before its decay, >= 0: a number or a scalar array, traced too.
-        learning_rate_decay_fn: `(learning_rate, global_step) -> learning_rate`, or None for a constant rate. The
-        step is
-            the pipeline's `global_step` where that is handed on, else the number of the update, from 0.
+        learning_rate_decay_fn: `(learning_rate, global_step) -> learning_rate`, or None for a constant rate. The step
+            is the pipeline's `global_step` where that is handed on, else the number of the update, from 0.
 
     Returns:
         A transformation whose state is a `DecayedLearningRateState`. Its rate is float32, or float64 where a parameter

@@ -104,8 +104,7 @@ def optimize_loss(
     Every setting is checked here and in `init`; nothing runs and no array is made here.
 
     Args:
-        loss: Pure function `(params, *args, **kwargs) -> scalar`; with `has_aux`, `-> (scalar, aux)`. With a model
-        state
+        loss: Pure function `(params, *args, **kwargs) -> scalar`; with `has_aux`, `-> (scalar, aux)`. With a model state
             it is `(params, model_state, *args, **kwargs) -> (scalar, model_state)`, or `(scalar, (model_state, aux))`.
         global_step: Integer to count from, or None for no counter. The decay sees the step before its increment.
         learning_rate: Number >= 0, scalar array (traced too), or None. It is kept in the state, in float32 or, where
@@ -123,8 +122,7 @@ def optimize_loss(
             takes the model state that the loss returns; `[]` keeps it as it is.
         variables: What is trained: names and patterns, a function of a name, or a tree of booleans; None is all. The
             rest has no gradient, noise, norm or slots and stays as it is. Integers are never trained.
-        name: Scope of the op's state and of its tags; None is "OptimizeLoss". Ops that share a state need different
-        ones.
+        name: Scope of the op's state and of its tags; None is "OptimizeLoss". Ops on one state need different ones.
         summaries: Names from `OPTIMIZER_SUMMARIES`; None is loss, learning_rate and global_gradient_norm.
         colocate_gradients_with_ops: Holds each gradient to its parameter's sharding. Inside another jit or scan that is
             known of explicit meshes alone.
@@ -154,10 +152,9 @@ def optimize_loss(
         >>> print(f"{state.params['w']:.1f} {state.params['b']:.1f} after {state.global_step} steps")
         2.0 1.0 after 200 steps
 
-    TF1 found parameters, step, update ops and summaries in the graph and returned the loss tensor; here they come
-    and go
-    by the arguments. Optax has no such function: it is `optax.chain` with the order fixed, the norm computed once, and
-    figures as an output.
+    TF1 found parameters, step, update ops and summaries in the graph and returned the loss tensor; here they come and
+    go by the arguments. Optax has no such function: it is `optax.chain` with the order fixed, the norm computed once,
+    and figures as an output.
 
     Reference:
         `tf.contrib.layers.optimize_loss`, TensorFlow 1.15.

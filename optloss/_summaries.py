@@ -121,8 +121,8 @@ def _histogram(values: jax.Array) -> Histogram:
     flat = jnp.ravel(values).astype(compute_dtype(values.dtype))
     finite = jnp.isfinite(flat)
     counted = jnp.where(finite, flat, 0).astype(jnp.float32)
-    places = jnp.searchsorted(limits, counted, side="right")
-    bucket = jnp.zeros(limits.shape, jnp.int32).at[places].add(finite.astype(jnp.int32), mode="drop")
+    places = jnp.minimum(jnp.searchsorted(limits, counted, side="right"), len(limits) - 1)  # the last has its own end
+    bucket = jnp.zeros(limits.shape, jnp.int32).at[places].add(finite.astype(jnp.int32))
     return Histogram(
         min=jnp.min(jnp.where(finite, counted, jnp.inf), initial=jnp.inf),
         max=jnp.max(jnp.where(finite, counted, -jnp.inf), initial=-jnp.inf),

@@ -9,6 +9,9 @@ from pathlib import Path
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+# Each pays an import and a compilation in a process of its own.
+pytestmark = pytest.mark.slow
+
 DIGITS = Path(__file__).parents[1] / "examples" / "digits.py"
 STEPS = 42  # of an epoch: three quarters of 1,797 images are 1,347, of which 42 whole batches of 32 are taken
 LAST_LINE = r"test accuracy (\d+\.\d) % after (\d+) steps in (\d+\.\d) s \(log and picture: (.+)\)"

@@ -38,6 +38,11 @@ def test_a_histogram_leaves_out_what_is_not_finite(dtype: Any) -> None:
     assert (int(h.num), float(h.min), float(h.max), float(h.sum), int(h.bucket.sum())) == (1, 1.0, 1.0, 1.0, 1)
 
 
+def test_a_histogram_counts_the_largest_float() -> None:
+    h = optloss.histogram(jnp.asarray([np.finfo(np.float32).max, -np.finfo(np.float32).max]))
+    assert (int(h.num), int(h.bucket.sum()), int(h.bucket[-1])) == (2, 2, 1)
+
+
 def test_a_histogram_of_nothing_is_empty() -> None:
     h = optloss.histogram(jnp.ones((0, 3)))
     assert (int(h.num), int(h.bucket.sum()), float(h.sum)) == (0, 0, 0.0)
