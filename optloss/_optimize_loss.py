@@ -105,7 +105,8 @@ def optimize_loss(
 
     Args:
         loss: Pure function `(params, *args, **kwargs) -> scalar`; with `has_aux`, `-> (scalar, aux)`. With a model
-            state it is `(params, model_state, *args, **kwargs) -> (scalar, model_state)`, or `(scalar, (model_state, aux))`.
+            state it is `(params, model_state, *args, **kwargs) -> (scalar, model_state)`, or, with `has_aux`,
+            `-> (scalar, (model_state, aux))`.
         global_step: Integer to count from, or None for no counter. The decay sees the step before its increment.
         learning_rate: Number >= 0, scalar array (traced too), or None. It is kept in the state, in float32 or, where
             parameters are, float64: another one can be put there without a recompilation, or one for each lane of a
