@@ -271,7 +271,9 @@ def test_a_donated_state_is_gone_and_the_next_step_goes_on(row: str) -> None:
     for i in range(3):
         old, gradients = carry, gradients_of(PARAMS, i)
         carry, _ = jitted(old, gradients)
-        assert all(leaf.is_deleted() for leaf in jax.tree.leaves(old))
+        # JAX from 0.11 on hands on, instead, what a step leaves as it is.
+        pairs = zip(jax.tree.leaves(old), jax.tree.leaves(carry), strict=True)
+        assert all(leaf.is_deleted() or np.array_equal(leaf, new) for leaf, new in pairs)
         assert not any(leaf.is_deleted() for leaf in jax.tree.leaves((carry, params, gradients)))
 
 
