@@ -51,6 +51,15 @@ def test_adam_differs_from_optax_by_the_place_of_epsilon() -> None:
     assert float(twin.update(gradients, twin.init(params))[0]["w"][0]) == pytest.approx(-9.9e-4, rel=1e-2)
 
 
+@pytest.mark.parametrize(("gradient", "times"), [(1.0, 3.16), (0.1, 30.0)])
+def test_rmsprop_differs_from_optax_defaults_by_where_the_average_starts(gradient: float, times: float) -> None:
+    """Averages after one step: 0.9 + 0.1 * g**2 here, 0.1 * g**2 there."""
+    gradients, first = {"w": jnp.full(1, gradient)}, []
+    for optimizer in (optloss.rmsprop(0.1), optax.rmsprop(0.1)):
+        first.append(float(optimizer.update(gradients, optimizer.init(gradients))[0]["w"][0]))
+    assert first[1] / first[0] == pytest.approx(times, rel=2e-2)
+
+
 @pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16])
 @pytest.mark.parametrize("name", sorted(optloss.OPTIMIZER_CLS_NAMES))
 def test_sixteen_bit_parameters_follow_float32_ones_through_zero_gradients(name: str, dtype: Any) -> None:
