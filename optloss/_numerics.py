@@ -1,6 +1,7 @@
 """The norm that every stage shares, and the dtype in which a leaf is computed."""
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -34,9 +35,12 @@ def global_norm(tree: Any) -> jax.Array:
     return leaf_norms(tree)[1]
 
 
-def leaf_norms(tree: Any) -> tuple[jax.Array, jax.Array]:
-    """Returns the norm of each leaf, in one vector, and the norm of all, from one pass over the leaves."""
-    leaves = [jnp.asarray(leaf) for leaf in jax.tree.leaves(tree)]
+def leaf_norms(tree: Any, rescale: Callable[[Any], Any] | None = None) -> tuple[jax.Array, jax.Array]:
+    """Returns the norm of each leaf, in one vector, and the norm of all, from one pass over the leaves.
+
+    With `rescale` they are the norms of `rescale(tree)`, which is not stored.
+    """
+    leaves = _leaves(rescale, tree)
     dtype = functools.reduce(compute_dtype, (leaf.dtype for leaf in leaves), jnp.dtype(jnp.float32))
     if not leaves:
         return jnp.zeros((0,), dtype), jnp.zeros((), dtype)
@@ -46,34 +50,48 @@ def leaf_norms(tree: Any) -> tuple[jax.Array, jax.Array]:
     count = sum(leaf.size for leaf in leaves)
     smallest = 2 * count * jnp.finfo(dtype).tiny / jnp.finfo(dtype).eps
     plain = (total > smallest) & (total < jnp.inf)
-    # Two branches: fused into one, each leaf's sum would work out the scale anew, and compiling takes n**2. They are
-    # named functions, so that a loop without jit does not compile them at every step.
-    scale = jax.lax.cond(plain, _no_scale, _scale_to_one, leaves, total)
-    norms: tuple[jax.Array, jax.Array] = jax.lax.cond(plain, _plain_norms, _scaled_norms, leaves, squares, scale)
+    # Two branches: fused into one, each leaf's sum would work out the scale anew, and compiling takes n**2. They
+    # get the tree as it is, since what a branch is given has to be stored.
+    scale = jax.lax.cond(plain, _no_scale, _named(_scale_to_one, rescale), tree, total)
+    norms: tuple[jax.Array, jax.Array] = jax.lax.cond(
+        plain, _plain_norms, _named(_scaled_norms, rescale), tree, squares, scale
+    )
     return norms
 
 
-def _no_scale(leaves: list[jax.Array], total: jax.Array) -> jax.Array:
-    del leaves
+def _named(function: Callable[..., Any], rescale: Callable[[Any], Any] | None) -> Callable[..., Any]:
+    """The function with its `rescale`; the same object where there is none, so that eager loops do not recompile it."""
+    return function if rescale is None else functools.partial(function, rescale=rescale)
+
+
+def _leaves(rescale: Callable[[Any], Any] | None, tree: Any) -> list[jax.Array]:
+    return [jnp.asarray(leaf) for leaf in jax.tree.leaves(tree if rescale is None else rescale(tree))]
+
+
+def _no_scale(tree: Any, total: jax.Array) -> jax.Array:
+    del tree
     return jnp.ones_like(total)
 
 
-def _scale_to_one(leaves: list[jax.Array], total: jax.Array) -> jax.Array:
+def _scale_to_one(tree: Any, total: jax.Array, rescale: Callable[[Any], Any] | None = None) -> jax.Array:
     """The power of two that brings the largest element to about 1, so that squares can neither overflow nor vanish."""
+    leaves = _leaves(rescale, tree)
     largest = jnp.max(jnp.stack([jnp.max(jnp.abs(x), initial=0).astype(total.dtype) for x in leaves]))
     _, exponent = jnp.frexp(jax.lax.stop_gradient(largest))
     reach = jnp.finfo(total.dtype).maxexp - 3  # a power beyond it would itself be flushed to zero
     return jnp.ldexp(jnp.ones_like(total), jnp.clip(-exponent, -reach, reach))
 
 
-def _plain_norms(leaves: list[jax.Array], squares: jax.Array, scale: jax.Array) -> tuple[jax.Array, jax.Array]:
-    del leaves, scale
+def _plain_norms(tree: Any, squares: jax.Array, scale: jax.Array) -> tuple[jax.Array, jax.Array]:
+    del tree, scale
     return sqrt(squares), sqrt(jnp.sum(squares))
 
 
-def _scaled_norms(leaves: list[jax.Array], squares: jax.Array, scale: jax.Array) -> tuple[jax.Array, jax.Array]:
+def _scaled_norms(
+    tree: Any, squares: jax.Array, scale: jax.Array, rescale: Callable[[Any], Any] | None = None
+) -> tuple[jax.Array, jax.Array]:
     # The barrier hides constant leaves, whose squares the compiler would otherwise work out before they are scaled.
-    squares = _sums_of_squares(jax.lax.optimization_barrier(leaves), scale)
+    squares = _sums_of_squares(_leaves(rescale, jax.lax.optimization_barrier(tree)), scale)
     return sqrt(squares) / scale, sqrt(jnp.sum(squares)) / scale
 
 

@@ -96,6 +96,7 @@ def optimize_loss(
     axis_name: Any = None,
     nonfinite: str = "skip",
     key: ArrayLike | None = None,
+    noise_generator: str = "mixer",
 ) -> TrainOp:
     """Makes the training update of a loss, whole: one pure, jitted function.
 
@@ -134,6 +135,7 @@ def optimize_loss(
         nonfinite: "skip": a step whose loss, gradient norm, update or new state is not finite changes nothing but the
             count of such steps; "apply": it is applied, as in the original.
         key: Default for the `key` of `init`, and the seed of `transformation`.
+        noise_generator: "mixer", or "threefry" for `jax.random`'s own, which is slower. See `add_gradient_noise`.
 
     Returns:
         A `TrainOp` of `init`, `update` and `transformation`.
@@ -176,6 +178,7 @@ def optimize_loss(
         increment_global_step,
         nonfinite,
         key,
+        noise_generator,
     )
 
     def init(params: Any, *args: Any, key: ArrayLike | None = None, model_state: Any = None) -> TrainState:
@@ -284,6 +287,7 @@ def _step(
     if settings.shardings is not None:
         kept = [sharding for sharding, chosen in zip(settings.shardings, selected, strict=True) if chosen]
         gradients = colocate(gradients, kept)
+    finite = still_finite(jnp.isfinite(loss), model_state, state.model_state)
     result = run_stages(
         pipeline,
         gradients,
@@ -291,21 +295,18 @@ def _step(
         trained,
         state.global_step,
         loss,
+        finite,
         value=loss,
         grad=gradients,
         value_fn=lambda trained: _mean(value(trained)[0], settings.axis_name),
     )
-    params = merge(optax.apply_updates(trained, result.updates), state.params, selected)
-    finite = still_finite(result.finite, (params, model_state), (state.params, state.model_state))
-    opt_states = {**state.opt_states, pipeline.name: result.state}
-    new_state = TrainState(next_step(state.global_step, pipeline), params, model_state, opt_states)
+    step = next_step(state.global_step, pipeline)
     if pipeline.skips_nonfinite:
-        new_state = choose(finite, new_state, state)
-    nonfinite_steps = opt_state.nonfinite_steps + (~finite).astype(jnp.int32)
-    opt_states = dict(new_state.opt_states)
-    opt_states[pipeline.name] = opt_states[pipeline.name]._replace(nonfinite_steps=nonfinite_steps)
-    output = TrainOutput(loss, aux, result.summaries(nonfinite_steps))
-    return new_state._replace(opt_states=opt_states), output
+        before = (state.global_step, state.model_state)
+        step, model_state = choose(result.finite, (step, model_state), before)
+    params = merge(optax.apply_updates(trained, result.updates), state.params, selected)
+    opt_states = {**state.opt_states, pipeline.name: result.state}
+    return TrainState(step, params, model_state, opt_states), TrainOutput(loss, aux, result.summaries)
 
 
 def _jit_colocated(pipeline: Pipeline, settings: _Settings) -> Callable[..., tuple[TrainState, TrainOutput]]:

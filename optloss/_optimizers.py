@@ -1,5 +1,6 @@
 """The six optimizers of the original, to its numbers."""
 
+import math
 from typing import NamedTuple
 
 import jax
@@ -9,7 +10,16 @@ from jax.typing import ArrayLike
 
 from optloss._check import check_number
 from optloss._numerics import sqrt
-from optloss._rule import LearningRate, leafwise, optimizer_of, slots
+from optloss._rule import (
+    LARGEST_NORM,
+    Choose,
+    Leafwise,
+    LearningRate,
+    optimizer_of,
+    safe_below,
+    safe_update,
+    slots,
+)
 
 __all__ = [
     "AdagradState",
@@ -48,18 +58,18 @@ def sgd(learning_rate: LearningRate) -> optax.GradientTransformation:
     As `tf.train.GradientDescentOptimizer`, and to the bit `optax.sgd`.
     """
 
-    def update_fn(
-        rate: jax.Array, updates: optax.Updates, state: optax.EmptyState, params: optax.Params | None
+    def rule_fn(
+        rate: jax.Array, leafwise: Leafwise, choose: Choose, state: optax.EmptyState, params: optax.Params | None
     ) -> tuple[optax.Updates, optax.EmptyState]:
-        del params
+        del choose, params
 
         def rule(g: jax.Array) -> tuple[jax.Array]:
             return (-rate.astype(g.dtype) * g,)
 
-        (updates,) = leafwise(rule, updates)
+        (updates,) = leafwise(rule)
         return updates, state
 
-    return optimizer_of(learning_rate, lambda params: optax.EmptyState(), update_fn)
+    return optimizer_of(learning_rate, lambda params: optax.EmptyState(), rule_fn, safe_update)
 
 
 class MomentumState(NamedTuple):
@@ -103,20 +113,21 @@ def momentum(
     def init_fn(params: optax.Params) -> MomentumState:
         return MomentumState(slots(params, 0.0))
 
-    def update_fn(
-        rate: jax.Array, updates: optax.Updates, state: MomentumState, params: optax.Params | None
+    def rule_fn(
+        rate: jax.Array, leafwise: Leafwise, choose: Choose, state: MomentumState, params: optax.Params | None
     ) -> tuple[optax.Updates, MomentumState]:
         del params
 
         def rule(g: jax.Array, a: jax.Array) -> tuple[jax.Array, jax.Array]:
             lr, mu = rate.astype(a.dtype), jnp.asarray(decay, a.dtype)
-            a = mu * a + g
+            a = choose(mu * a + g, a)
             return -lr * (g + mu * a) if use_nesterov else -lr * a, a
 
-        updates, accumulator = leafwise(rule, updates, state.accumulator)
+        updates, accumulator = leafwise(rule, state.accumulator)
         return updates, MomentumState(accumulator)
 
-    return optimizer_of(learning_rate, init_fn, update_fn)
+    largest = 2 * _sum_of_powers(decay) * LARGEST_NORM if isinstance(decay, float) and decay <= 1 else None
+    return optimizer_of(learning_rate, init_fn, rule_fn, safe_below(largest))
 
 
 class AdagradState(NamedTuple):
@@ -156,19 +167,21 @@ def adagrad(learning_rate: LearningRate, initial_accumulator_value: ArrayLike = 
     def init_fn(params: optax.Params) -> AdagradState:
         return AdagradState(slots(params, start))
 
-    def update_fn(
-        rate: jax.Array, updates: optax.Updates, state: AdagradState, params: optax.Params | None
+    def rule_fn(
+        rate: jax.Array, leafwise: Leafwise, choose: Choose, state: AdagradState, params: optax.Params | None
     ) -> tuple[optax.Updates, AdagradState]:
         del params
 
         def rule(g: jax.Array, a: jax.Array) -> tuple[jax.Array, jax.Array]:
-            a = a + g * g
+            a = choose(a + g * g, a)
             return -rate.astype(a.dtype) * g / jnp.sqrt(a), a
 
-        updates, accumulator = leafwise(rule, updates, state.accumulator)
+        updates, accumulator = leafwise(rule, state.accumulator)
         return updates, AdagradState(accumulator)
 
-    return optimizer_of(learning_rate, init_fn, update_fn)
+    # |g| / sqrt(a + g**2), unless g**2 vanishes beside a or a square root of a tiny `a` is less than |g|.
+    largest = 1 + LARGEST_NORM / math.sqrt(start) if isinstance(start, float) and start < 1e30 else None
+    return optimizer_of(learning_rate, init_fn, rule_fn, safe_below(largest))
 
 
 class AdamState(NamedTuple):
@@ -224,8 +237,8 @@ def adam(
         powers = jnp.asarray(b1, jnp.float32), jnp.asarray(b2, jnp.float32)
         return AdamState(slots(params, 0.0), slots(params, 0.0), *powers)
 
-    def update_fn(
-        rate: jax.Array, updates: optax.Updates, state: AdamState, params: optax.Params | None
+    def rule_fn(
+        rate: jax.Array, leafwise: Leafwise, choose: Choose, state: AdamState, params: optax.Params | None
     ) -> tuple[optax.Updates, AdamState]:
         del params
 
@@ -233,15 +246,22 @@ def adam(
             power1, power2 = state.beta1_power.astype(m.dtype), state.beta2_power.astype(m.dtype)
             alpha = rate.astype(m.dtype) * jnp.sqrt(1 - power2) / (1 - power1)
             # TF1: the betas that the powers are made of. 1 - float32(0.999) differs from 0.001 by 1e-5.
-            m = m + (g - m) * (1 - beta1_32.astype(m.dtype))
-            v = v + (g * g - v) * (1 - beta2_32.astype(v.dtype))
+            m = choose(m + (g - m) * (1 - beta1_32.astype(m.dtype)), m)
+            v = choose(v + (g * g - v) * (1 - beta2_32.astype(v.dtype)), v)
             return -alpha * m / (sqrt(v) + jnp.asarray(eps, v.dtype)), m, v
 
         beta1_32, beta2_32 = jnp.asarray(b1, jnp.float32), jnp.asarray(b2, jnp.float32)
-        updates, m, v = leafwise(rule, updates, state.m, state.v)
-        return updates, AdamState(m, v, state.beta1_power * beta1_32, state.beta2_power * beta2_32)
+        updates, m, v = leafwise(rule, state.m, state.v)
+        powers = state.beta1_power * beta1_32, state.beta2_power * beta2_32
+        power1, power2 = choose(powers[0], state.beta1_power), choose(powers[1], state.beta2_power)
+        return updates, AdamState(m, v, power1, power2)
 
-    return optimizer_of(learning_rate, init_fn, update_fn)
+    largest = None
+    if isinstance(b1, float) and isinstance(b2, float) and isinstance(eps, float) and b1**2 < b2 and eps > 1e-30:
+        # By Cauchy and Schwarz |m| <= sqrt(v / spread), but for gradients below 1e-19, whose squares vanish.
+        spread = (1 - b2) * (1 - b1**2 / b2) / (1 - b1) ** 2
+        largest = (1 / math.sqrt(spread) + 1e-19 / eps) / (1 - b1)
+    return optimizer_of(learning_rate, init_fn, rule_fn, safe_below(largest))
 
 
 class RMSPropState(NamedTuple):
@@ -304,8 +324,8 @@ def rmsprop(
             slots(params, 0.0) if centered else None,
         )
 
-    def update_fn(
-        rate: jax.Array, updates: optax.Updates, state: RMSPropState, params: optax.Params | None
+    def rule_fn(
+        rate: jax.Array, leafwise: Leafwise, choose: Choose, state: RMSPropState, params: optax.Params | None
     ) -> tuple[optax.Updates, RMSPropState]:
         del params
 
@@ -314,20 +334,25 @@ def rmsprop(
         def rule(g: jax.Array, ms: jax.Array, *others: jax.Array) -> tuple[jax.Array, ...]:
             held = dict(zip(list(trees)[1:], others, strict=True))
             keep = 1 - jnp.asarray(decay, ms.dtype)
-            ms = ms + (g * g - ms) * keep
+            ms = choose(ms + (g * g - ms) * keep, ms)
             spread = ms
             if centered:
-                mg = held["mean_gradient"] = held["mean_gradient"] + (g - held["mean_gradient"]) * keep
+                mg = held["mean_gradient"]
+                mg = held["mean_gradient"] = choose(mg + (g - mg) * keep, mg)
                 spread = jnp.maximum(ms - mg * mg, 0)  # rounding alone makes it negative
             step = rate.astype(ms.dtype) * g / jnp.sqrt(spread + jnp.asarray(eps, ms.dtype))
             if has_momentum:
-                step = held["momentum"] = jnp.asarray(mu, ms.dtype) * held["momentum"] + step
+                momentum = held["momentum"]
+                step = held["momentum"] = choose(jnp.asarray(mu, ms.dtype) * momentum + step, momentum)
             return -step, ms, *held.values()
 
-        updates, *new = leafwise(rule, updates, *trees.values())
+        updates, *new = leafwise(rule, *trees.values())
         return updates, state._replace(**dict(zip(trees, new, strict=True)))
 
-    return optimizer_of(learning_rate, init_fn, update_fn)
+    largest = None
+    if isinstance(mu, float) and mu <= 1 and isinstance(eps, float) and isinstance(decay, float):
+        largest = _sum_of_powers(mu) * LARGEST_NORM / math.sqrt(eps)
+    return optimizer_of(learning_rate, init_fn, rule_fn, safe_below(largest))
 
 
 class FtrlState(NamedTuple):
@@ -391,8 +416,8 @@ def ftrl(
     def init_fn(params: optax.Params) -> FtrlState:
         return FtrlState(slots(params, start), slots(params, 0.0))
 
-    def update_fn(
-        rate: jax.Array, updates: optax.Updates, state: FtrlState, params: optax.Params | None
+    def rule_fn(
+        rate: jax.Array, leafwise: Leafwise, choose: Choose, state: FtrlState, params: optax.Params | None
     ) -> tuple[optax.Updates, FtrlState]:
         if params is None:
             raise ValueError("params: got None; Ftrl's update needs the parameters: update(updates, state, params).")
@@ -401,17 +426,19 @@ def ftrl(
             lr, w = rate.astype(n.dtype), w.astype(n.dtype)
             new_n = n + g * g
             root, new_root = _to_the_minus(power, n), _to_the_minus(power, new_n)
-            z = z + g + 2 * jnp.asarray(shrinkage, n.dtype) * w - (new_root - root) / lr * w
+            new_z = z + g + 2 * jnp.asarray(shrinkage, n.dtype) * w - (new_root - root) / lr * w
+            n, z = choose(new_n, n), choose(new_z, z)
             bound = jnp.asarray(l1, n.dtype)
             outside = jnp.abs(z) > bound
-            divisor = jnp.where(outside, new_root / lr + 2 * jnp.asarray(l2, n.dtype), 1)
+            divisor = jnp.where(outside, _to_the_minus(power, n) / lr + 2 * jnp.asarray(l2, n.dtype), 1)
             new_w = jnp.where(outside, (bound * jnp.sign(z) - z) / divisor, 0)
-            return new_w - w, new_n, z
+            return new_w - w, n, z
 
-        updates, accumulator, linear = leafwise(rule, updates, state.accumulator, state.linear, given=(params,))
+        updates, accumulator, linear = leafwise(rule, state.accumulator, state.linear, given=(params,))
         return updates, FtrlState(accumulator, linear)
 
-    return optimizer_of(learning_rate, init_fn, update_fn)
+    # z grows with the weights, of which nothing is known.
+    return optimizer_of(learning_rate, init_fn, rule_fn, is_safe=None)
 
 
 def _to_the_minus(power: ArrayLike, n: jax.Array) -> jax.Array:
@@ -419,3 +446,8 @@ def _to_the_minus(power: ArrayLike, n: jax.Array) -> jax.Array:
     if isinstance(power, float) and power == -0.5:
         return sqrt(n)
     return n ** -jnp.asarray(power, n.dtype)
+
+
+def _sum_of_powers(decay: float) -> float:
+    """The sum of a decay's powers over as many steps as can be counted."""
+    return min(1 / (1 - decay), 2.0**31) if decay < 1 else 2.0**31

@@ -14,9 +14,10 @@ from optloss._clipping import AdaptiveClippingState, ClipByFactor, ClipGradients
 from optloss._learning_rate import DecayFunction, check_decay, check_learning_rate, decayed_rate
 from optloss._multipliers import Multiplier, multiply_gradients
 from optloss._names import Variables, check_variables, parameter_names, select_parameters
-from optloss._noise import NoiseScale, add_gradient_noise, check_key, check_noise_scale, scoped_key
+from optloss._noise import NOISE_GENERATORS, NoiseScale, add_gradient_noise, check_key, check_noise_scale, scoped_key
 from optloss._numerics import compute_dtype, leaf_norms, scale_tree
 from optloss._optimizer_forms import OptimizerFunction, optimizer_function
+from optloss._rule import GuardedOptimizer
 from optloss._summaries import StepFigures, Summaries, check_summaries, summarize
 
 __all__ = [
@@ -55,10 +56,10 @@ class OptState(NamedTuple):
 class StepResult(NamedTuple):
     """What the pipeline makes of gradients."""
 
-    updates: optax.Updates
+    updates: optax.Updates  # -0.0 where the step is skipped
     state: OptState
-    summaries: Callable[[jax.Array], Summaries]  # of the new count of non-finite steps
-    finite: jax.Array  # shape=(), bool: loss, gradient norm and new state; the updates are the caller's to look at
+    summaries: Summaries
+    finite: jax.Array  # shape=(), bool: what came, the gradient norm, the updates, the new state and parameters
 
 
 class Pipeline(NamedTuple):
@@ -93,6 +94,7 @@ def build_pipeline(
     increment_global_step: bool,
     nonfinite: str,
     key: ArrayLike | None,
+    noise_generator: str,
 ) -> Pipeline:
     """Checks every setting and builds the stages of the step. Makes no array."""
     rate = None if learning_rate is None else check_learning_rate("learning_rate", learning_rate)
@@ -109,7 +111,7 @@ def build_pipeline(
         name=_check_name(name),
         global_step=_check_global_step(global_step),
         learning_rate=rate,
-        noise=_noise_stage(gradient_noise_scale),
+        noise=_noise_stage(gradient_noise_scale, noise_generator),
         multiply=optax.with_extra_args_support(multiply),
         clip=clip_stage(clip_gradients),
         learning_rate_decay_fn=learning_rate_decay_fn,
@@ -157,72 +159,133 @@ def run_stages(
     params: optax.Params,
     global_step: jax.Array | None,
     loss: jax.Array | None,
+    finite: jax.Array,
     **extra_args: Any,
 ) -> StepResult:
-    """Makes updates of gradients, in the original's order; `params` are the trained ones."""
+    """Makes updates of gradients, in the original's order; `params` are the trained ones.
+
+    `finite` says whether all else that the caller is about to change stays finite.
+    """
     stage_args = extra_args if global_step is None else {**extra_args, "global_step": global_step}
     noisy, noise = gradients, state.noise
     if pipeline.noise is not None:
         noisy, noise = pipeline.noise(0).update(gradients, state.noise, params, **stage_args)  # the key is in the state
-    multiplied, multipliers = pipeline.multiply.update(noisy, state.multipliers, params, **stage_args)
-    clipped, clip, norms = _clip(pipeline.clip, multiplied, state.clip, params, stage_args)
+
+    def multiply(gradients: optax.Updates) -> tuple[optax.Updates, optax.OptState]:
+        multiplied: tuple[optax.Updates, optax.OptState] = pipeline.multiply.update(
+            gradients, state.multipliers, params, **stage_args
+        )
+        return multiplied
+
+    _, multipliers = multiply(noisy)
+    clipped = _clip(pipeline.clip, noisy, lambda gradients: multiply(gradients)[0], state.clip, params, stage_args)
+    clip = keep_types("clip_gradients", clipped.state, state.clip)
     rate = state.learning_rate
     if rate is not None:
         rate = decayed_rate(rate, global_step, pipeline.learning_rate_decay_fn)
+    finite &= jnp.isfinite(clipped.before)
+    finite = still_finite(finite, (noise, multipliers, clip), (state.noise, state.multipliers, state.clip))
     # Without the step: a line search refuses arguments that it does not know.
-    updates, optimizer = pipeline.optimizer(rate).update(clipped, state.optimizer, params, **extra_args)
-    updates = jax.tree.map(lambda update, gradient: update.astype(gradient.dtype), updates, gradients)
-    new_state = state._replace(
-        noise=noise,
-        multipliers=multipliers,
-        clip=keep_types("clip_gradients", clip, state.clip),
-        optimizer=keep_types("optimizer", optimizer, state.optimizer),
-    )
-    finite = jnp.isfinite(norms.before)
-    if loss is not None:
-        finite &= jnp.isfinite(loss)
+    optimizer = pipeline.optimizer(rate)
+    if isinstance(optimizer, GuardedOptimizer) and _is_wide((gradients, params)):
+        updates, optimizer_state, finite = _guarded_update(pipeline, optimizer, clipped, state, params, finite)
+    else:
+        updates, optimizer_state, finite = _update_and_look(
+            pipeline, optimizer, clipped, state, params, finite, extra_args
+        )
+    count = state.nonfinite_steps + (~finite).astype(jnp.int32)
+    if pipeline.skips_nonfinite:
+        before = (state.noise, state.multipliers, state.clip)
+        noise, multipliers, clip = choose(finite, (noise, multipliers, clip), before)
     figures = StepFigures(
         loss=loss,
         learning_rate=None if pipeline.learning_rate_decay_fn is None else rate,
         names=parameter_names(gradients),
-        gradients=jax.tree.leaves(clipped),
-        gradient_norms=norms.leaves,
-        norm=norms.before,
-        clipped_norm=norms.after,
+        gradients=jax.tree.leaves(clipped.rescale(clipped.gradients)),
+        gradient_norms=clipped.leaves,
+        norm=clipped.before,
+        clipped_norm=clipped.after,
         max_norm=_max_norm(clip),
-        nonfinite_steps=state.nonfinite_steps,
+        nonfinite_steps=count,
     )
-    return StepResult(
-        updates,
-        new_state,
-        lambda count: summarize(pipeline.summaries, pipeline.name, figures._replace(nonfinite_steps=count)),
-        still_finite(finite, new_state, state),
-    )
+    new_state = OptState(state.learning_rate, noise, multipliers, clip, optimizer_state, count)
+    return StepResult(updates, new_state, summarize(pipeline.summaries, pipeline.name, figures), finite)
 
 
-class _Norms(NamedTuple):
-    before: jax.Array  # of all gradients
-    after: jax.Array | None  # of all clipped gradients; None without clipping
-    leaves: jax.Array  # of each clipped gradient
+class _Clipped(NamedTuple):
+    """Gradients after the clip, and the norms."""
+
+    gradients: optax.Updates  # not yet rescaled
+    rescale: Callable[[optax.Updates], optax.Updates]  # multiplier and factor: so each use rescales, and nothing stores
+    state: optax.OptState
+    before: jax.Array  # norm of all gradients
+    after: jax.Array | None  # norm of all clipped gradients; None without clipping
+    leaves: jax.Array  # norm of each clipped gradient
 
 
 def _clip(
     clip: optax.GradientTransformationExtraArgs | None,
     gradients: optax.Updates,
+    multiply: Callable[[optax.Updates], optax.Updates],
     state: optax.OptState,
     params: optax.Params,
     extra_args: dict[str, Any],
-) -> tuple[optax.Updates, optax.OptState, _Norms]:
+) -> _Clipped:
     """Clips, and gives the norms: after a clip by a factor they come from the factor, without a second pass."""
-    leaves, norm = leaf_norms(gradients)
+    leaves, norm = leaf_norms(gradients, multiply)
     if clip is None:
-        return gradients, state, _Norms(norm, None, leaves)
+        return _Clipped(gradients, multiply, state, norm, None, leaves)
     if isinstance(clip, ClipByFactor):
         factor, state = clip.factor(norm, state, extra_args.get("global_step"))
-        return scale_tree(gradients, factor), state, _Norms(norm, norm * factor, leaves * factor)
-    gradients, state = clip.update(gradients, state, params, **extra_args)
+        rescale = lambda gradients: scale_tree(multiply(gradients), factor)  # noqa: E731  # a name for each would hide it
+        return _Clipped(gradients, rescale, state, norm, norm * factor, leaves * factor)
+    gradients, state = clip.update(multiply(gradients), state, params, **extra_args)
     clipped_leaves, clipped_norm = leaf_norms(gradients)
-    return gradients, state, _Norms(norm, clipped_norm, clipped_leaves)
+    return _Clipped(gradients, lambda gradients: gradients, state, norm, clipped_norm, clipped_leaves)
+
+
+def _is_wide(trees: Any) -> bool:
+    """Whether each leaf reaches as far as float32, as the bounds of a guarded optimizer take for granted."""
+    return all(float(jnp.finfo(leaf.dtype).max) > 1e38 for leaf in jax.tree.leaves(trees) if _is_inexact(leaf))
+
+
+def _guarded_update(
+    pipeline: Pipeline,
+    optimizer: GuardedOptimizer,
+    clipped: _Clipped,
+    state: OptState,
+    params: optax.Params,
+    finite: jax.Array,
+) -> tuple[optax.Updates, optax.OptState, jax.Array]:
+    """Decides first, by bounds alone; then the optimizer writes in place."""
+    gradients = clipped.rescale(clipped.gradients)
+    finite &= optimizer.is_safe(clipped.before if clipped.after is None else clipped.after, gradients)
+    if pipeline.skips_nonfinite:
+        return *optimizer.guarded_update(finite, gradients, state.optimizer, params), finite
+    return *optimizer.update(gradients, state.optimizer, params), finite
+
+
+def _update_and_look(
+    pipeline: Pipeline,
+    optimizer: optax.GradientTransformationExtraArgs,
+    clipped: _Clipped,
+    state: OptState,
+    params: optax.Params,
+    finite: jax.Array,
+    extra_args: dict[str, Any],
+) -> tuple[optax.Updates, optax.OptState, jax.Array]:
+    """For any optimizer: makes the new state beside the old one, looks at it, and keeps one of them."""
+    gradients = clipped.rescale(clipped.gradients)
+    updates, new = optimizer.update(gradients, state.optimizer, params, **extra_args)
+    updates = jax.tree.map(lambda update, gradient: update.astype(gradient.dtype), updates, gradients)
+    new = keep_types("optimizer", new, state.optimizer)
+    applied = optax.apply_updates(params, updates)
+    finite = still_finite(finite, (updates, applied, new), (gradients, params, state.optimizer))
+    if pipeline.skips_nonfinite:
+        # Not 0.0: adding that would make 0.0 of -0.0.
+        nothing = jax.tree.map(lambda leaf: jnp.full_like(leaf, -0.0), updates)
+        updates, new = choose(finite, (updates, new), (nothing, state.optimizer))
+    return updates, new, finite
 
 
 def dry_run(
@@ -236,14 +299,17 @@ def dry_run(
     trained = keep(params, select_parameters(pipeline.variables, params))
     zero = jnp.zeros((), jnp.float32)
     extra = {"value": zero, "grad": trained, "value_fn": lambda params: zero}
-    return run_stages(pipeline, trained, state, trained, global_step, loss, **extra).summaries(state.nonfinite_steps)
+    return run_stages(pipeline, trained, state, trained, global_step, loss, jnp.ones((), bool), **extra).summaries
 
 
-def _noise_stage(scale: NoiseScale | None) -> Callable[[ArrayLike], optax.GradientTransformationExtraArgs] | None:
+def _noise_stage(
+    scale: NoiseScale | None, generator: str
+) -> Callable[[ArrayLike], optax.GradientTransformationExtraArgs] | None:
+    check_choice("noise_generator", generator, NOISE_GENERATORS)
     if scale is None or (isinstance(scale, int | float) and not isinstance(scale, bool) and scale == 0):
         return None
     check_noise_scale("gradient_noise_scale", scale)
-    return lambda key: add_gradient_noise(scale, key)
+    return lambda key: add_gradient_noise(scale, key, generator=generator)
 
 
 def _check_name(name: str | None) -> str:

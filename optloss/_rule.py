@@ -1,5 +1,6 @@
-"""How a rule for one leaf becomes an optimizer: its rate, its slots, the dtype in which it computes."""
+"""How a rule for one leaf becomes an optimizer: its rate, its slots, the dtype in which it computes, its guard."""
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple, TypeAlias
 
@@ -11,9 +12,30 @@ from jax.typing import ArrayLike
 from optloss._check import check_arity, check_number
 from optloss._numerics import compute_dtype
 
-__all__ = ["LearningRate", "leafwise", "optimizer_of", "slots"]
+__all__ = [
+    "LARGEST_NORM",
+    "Choose",
+    "GuardedOptimizer",
+    "Leafwise",
+    "LearningRate",
+    "optimizer_of",
+    "safe_below",
+    "safe_update",
+    "slots",
+]
 
 LearningRate: TypeAlias = ArrayLike | Callable[[jax.Array], ArrayLike]
+Choose: TypeAlias = Callable[[jax.Array, jax.Array], jax.Array]  # of new and old
+Leafwise: TypeAlias = Callable[..., tuple[Any, ...]]  # of a rule, slots, and given=trees that are only read
+UpdateRule: TypeAlias = Callable[
+    [jax.Array, Leafwise, Choose, Any, optax.Params | None],  # rate, leafwise, choose, state, params
+    tuple[optax.Updates, Any],
+]
+
+# Norms that optimizers with slots take: their squares, added up or averaged over any number of steps, stay finite.
+LARGEST_NORM = 1e15
+# Below half an ulp of the largest float32: such an update cannot push a finite parameter to infinity.
+_LARGEST_UPDATE = 1e30
 
 
 class ScheduledState(NamedTuple):
@@ -23,35 +45,89 @@ class ScheduledState(NamedTuple):
     optimizer: optax.OptState
 
 
+class GuardedOptimizer(optax.GradientTransformationExtraArgs):
+    """An optimizer that is told, before it writes anything, whether to leave everything as it was.
+
+    So a guarded step writes over its own state, where one that is looked at afterwards needs a second state.
+    """
+
+    is_safe: Callable[[jax.Array, optax.Updates], jax.Array]
+    """Whether updates of this norm can make no NaN or infinity of what is finite."""
+
+    guarded_update: Callable[[jax.Array, optax.Updates, Any, optax.Params], tuple[optax.Updates, Any]]
+    """The update where the first argument is true, else updates of -0.0 and the state to the bit."""
+
+
 def optimizer_of(
     learning_rate: LearningRate,
     init_fn: Callable[[optax.Params], Any],
-    update_fn: Callable[[jax.Array, optax.Updates, Any, optax.Params | None], tuple[optax.Updates, Any]],
+    rule_fn: UpdateRule,
+    is_safe: Callable[[jax.Array, jax.Array], jax.Array] | None,
 ) -> optax.GradientTransformation:
-    """Makes the transformation of a rule that takes the rate of the step."""
+    """Makes the transformation of a rule that takes the rate of the step.
+
+    `is_safe(rate, norm)` tells that a step cannot overflow, if it held for all steps before; None where nothing can.
+    """
     if callable(learning_rate):
-        check_arity("learning_rate", learning_rate, ["count"])
+        return _scheduled(learning_rate, init_fn, rule_fn)
+    checked = check_number("learning_rate", learning_rate, at_least=0, wrong_type=ValueError)
 
-        def scheduled_init(params: optax.Params) -> ScheduledState:
-            return ScheduledState(jnp.zeros((), jnp.int32), init_fn(params))
+    def rate_of(updates: optax.Updates) -> jax.Array:
+        return jnp.asarray(checked, compute_dtype(*(leaf.dtype for leaf in jax.tree.leaves(updates))))
 
-        def scheduled_update(
-            updates: optax.Updates, state: ScheduledState, params: optax.Params | None = None
-        ) -> tuple[optax.Updates, ScheduledState]:
-            rate = jnp.asarray(learning_rate(state.step))
-            updates, inner = update_fn(rate, updates, state.optimizer, params)
-            return updates, ScheduledState(optax.safe_increment(state.step), inner)
-
-        return optax.GradientTransformation(scheduled_init, scheduled_update)
-    rate = check_number("learning_rate", learning_rate, at_least=0, wrong_type=ValueError)
-
-    def constant_update(
-        updates: optax.Updates, state: Any, params: optax.Params | None = None
+    def update_fn(
+        updates: optax.Updates, state: Any, params: optax.Params | None = None, **extra_args: Any
     ) -> tuple[optax.Updates, Any]:
-        widest = compute_dtype(*(leaf.dtype for leaf in jax.tree.leaves(updates)))
-        return update_fn(jnp.asarray(rate, widest), updates, state, params)
+        del extra_args
+        return rule_fn(rate_of(updates), functools.partial(_leafwise, updates, None), _new, state, params)
 
-    return optax.GradientTransformation(init_fn, constant_update)
+    def guarded_update(
+        finite: jax.Array, updates: optax.Updates, state: Any, params: optax.Params
+    ) -> tuple[optax.Updates, Any]:
+        def choose(new: jax.Array, old: jax.Array) -> jax.Array:
+            return jnp.where(finite, new, old)
+
+        return rule_fn(rate_of(updates), functools.partial(_leafwise, updates, finite), choose, state, params)
+
+    if is_safe is None:
+        return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+    optimizer = GuardedOptimizer(init_fn, update_fn)
+    optimizer.is_safe = lambda norm, updates: is_safe(rate_of(updates), norm)
+    optimizer.guarded_update = guarded_update
+    return optimizer
+
+
+def safe_below(largest_per_rate: float | None) -> Callable[[jax.Array, jax.Array], jax.Array] | None:
+    """The test of an optimizer with slots, whose updates are at most `rate * largest_per_rate`; None if unknown."""
+    if largest_per_rate is None:
+        return None
+    return lambda rate, norm: (norm <= LARGEST_NORM) & (rate * largest_per_rate <= _LARGEST_UPDATE)
+
+
+def safe_update(rate: jax.Array, norm: jax.Array) -> jax.Array:
+    """The test of an optimizer without slots, whose updates are `rate` times the gradient."""
+    return rate * norm <= _LARGEST_UPDATE
+
+
+def _scheduled(
+    learning_rate: Callable[[jax.Array], ArrayLike],
+    init_fn: Callable[[optax.Params], Any],
+    rule_fn: UpdateRule,
+) -> optax.GradientTransformation:
+    check_arity("learning_rate", learning_rate, ["count"])
+
+    def scheduled_init(params: optax.Params) -> ScheduledState:
+        return ScheduledState(jnp.zeros((), jnp.int32), init_fn(params))
+
+    def scheduled_update(
+        updates: optax.Updates, state: ScheduledState, params: optax.Params | None = None
+    ) -> tuple[optax.Updates, ScheduledState]:
+        rate = jnp.asarray(learning_rate(state.step))
+        leafwise = functools.partial(_leafwise, updates, None)
+        updates, inner = rule_fn(rate, leafwise, _new, state.optimizer, params)
+        return updates, ScheduledState(optax.safe_increment(state.step), inner)
+
+    return optax.GradientTransformation(scheduled_init, scheduled_update)
 
 
 def slots(params: optax.Params, value: ArrayLike) -> optax.Updates:
@@ -59,20 +135,34 @@ def slots(params: optax.Params, value: ArrayLike) -> optax.Updates:
     return jax.tree.map(lambda leaf: jnp.full_like(leaf, value, dtype=compute_dtype(leaf.dtype)), params)
 
 
-def leafwise(
-    rule: Callable[..., tuple[jax.Array, ...]], updates: optax.Updates, *slots: Any, given: tuple[Any, ...] = ()
+def _new(new: jax.Array, old: jax.Array) -> jax.Array:
+    del old
+    return new
+
+
+def _leafwise(
+    updates: optax.Updates,
+    finite: jax.Array | None,
+    rule: Callable[..., tuple[jax.Array, ...]],
+    *slots: Any,
+    given: tuple[Any, ...] = (),
 ) -> tuple[Any, ...]:
     """Applies a rule from (gradient, slots..., given...) to (update, new slots...) to each leaf.
 
-    It computes in the slots' dtype; the update leaves in the gradient's.
+    It computes in the slots' dtype; the update leaves in the gradient's, as -0.0 where the step is not finite: adding
+    that changes no bit.
     """
     gradients, treedef = jax.tree.flatten(updates)
     columns = [jax.tree.leaves(tree) for tree in (*slots, *given)]
     rows = []
     for gradient, *others in zip(gradients, *columns, strict=True):
-        dtype = others[0].dtype if others else compute_dtype(gradient.dtype)
-        update, *rest = rule(gradient.astype(dtype), *others)
-        rows.append((update.astype(gradient.dtype), *rest))
+        update, *new = rule(gradient.astype(_dtype_of(gradient, others)), *others)
+        update = update.astype(gradient.dtype)
+        rows.append((update if finite is None else jnp.where(finite, update, -jnp.zeros_like(update)), *new))
     if not rows:
         return updates, *slots
     return tuple(jax.tree.unflatten(treedef, column) for column in zip(*rows, strict=True))
+
+
+def _dtype_of(gradient: jax.Array, others: list[jax.Array]) -> Any:
+    return others[0].dtype if others else compute_dtype(gradient.dtype)

@@ -28,7 +28,6 @@ from optloss._pipeline import (
     next_step,
     run_stages,
     shardings_of,
-    still_finite,
 )
 from optloss._summaries import Summaries
 
@@ -60,6 +59,7 @@ def transformation(
     *,
     nonfinite: str = "skip",
     key: ArrayLike | None = None,
+    noise_generator: str = "mixer",
 ) -> optax.GradientTransformationExtraArgs:
     """Makes the pipeline of `optimize_loss` as one Optax transformation, for loops that have gradients already.
 
@@ -79,6 +79,7 @@ def transformation(
         increment_global_step: As there.
         nonfinite: As there; of the loss, what is given as `value` is looked at.
         key: Seed of the noise.
+        noise_generator: As there.
 
     Returns:
         A transformation whose state is a `TransformationState`. Its `update` needs the parameters.
@@ -114,6 +115,7 @@ def transformation(
         increment_global_step,
         nonfinite,
         key,
+        noise_generator,
     )
     return as_transformation(pipeline, colocate_gradients=colocate_gradients_with_ops)
 
@@ -150,16 +152,14 @@ def as_transformation(pipeline: Pipeline, *, colocate_gradients: bool) -> optax.
         if "value_fn" in extra_args:
             value_fn = extra_args["value_fn"]
             extra_args["value_fn"] = lambda trained: value_fn(merge(trained, params, selected))
-        result = run_stages(pipeline, gradients, state.opt_state, trained, state.global_step, value, **extra_args)
+        finite = jnp.ones((), bool) if value is None else jnp.isfinite(value)
+        step, opt_state = state.global_step, state.opt_state
+        result = run_stages(pipeline, gradients, opt_state, trained, step, value, finite, **extra_args)
+        new_step = next_step(step, pipeline)
+        if pipeline.skips_nonfinite:
+            new_step = choose(result.finite, new_step, step)
         # Not 0.0: adding that would make 0.0 of -0.0.
         nothing = jax.tree.map(lambda leaf: jnp.full_like(leaf, -0.0), updates)
-        finite = still_finite(result.finite, result.updates, gradients)
-        new_updates, new_step, opt_state = result.updates, next_step(state.global_step, pipeline), result.state
-        if pipeline.skips_nonfinite:
-            new_updates = choose(finite, new_updates, keep(nothing, selected))
-            new_step, opt_state = choose(finite, (new_step, opt_state), (state.global_step, state.opt_state))
-        count = state.opt_state.nonfinite_steps + (~finite).astype(jnp.int32)
-        opt_state = opt_state._replace(nonfinite_steps=count)
-        return merge(new_updates, nothing, selected), TransformationState(new_step, opt_state, result.summaries(count))
+        return merge(result.updates, nothing, selected), TransformationState(new_step, result.state, result.summaries)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
