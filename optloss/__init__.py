@@ -24,6 +24,7 @@ from optloss._decay_cosine import (
     linear_cosine_decay,
     noisy_linear_cosine_decay,
 )
+from optloss._histogram import Histogram, histogram
 from optloss._learning_rate import DecayedLearningRateState, from_schedule, scale_by_decayed_learning_rate
 from optloss._multipliers import MultiplyGradientsState, multiply_gradients
 from optloss._names import parameter_names
@@ -45,7 +46,7 @@ from optloss._optimizers import (
     sgd,
 )
 from optloss._pipeline import OptState
-from optloss._summaries import OPTIMIZER_SUMMARIES, Histogram, histogram
+from optloss._summaries import OPTIMIZER_SUMMARIES
 from optloss._train_state import TrainState
 from optloss._transformation import TransformationState, transformation
 

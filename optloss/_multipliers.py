@@ -13,7 +13,7 @@ from optloss._check import check_arity, check_number, shape_of_call
 from optloss._names import match_names, parameter_names
 from optloss._numerics import compute_dtype
 
-__all__ = ["Multiplier", "MultiplyGradientsState", "check_multipliers", "multiply_gradients"]
+__all__ = ["Multiplier", "MultiplyByFactors", "MultiplyGradientsState", "check_multipliers", "multiply_gradients"]
 
 Multiplier: TypeAlias = ArrayLike | Callable[[jax.Array], ArrayLike]
 
@@ -24,7 +24,14 @@ class MultiplyGradientsState(NamedTuple):
     step: jax.Array | None  # shape=(), int32: the steps so far; None where no factor is a function of the step
 
 
-def multiply_gradients(gradient_multipliers: Mapping[str, Multiplier]) -> optax.GradientTransformationExtraArgs:
+class MultiplyByFactors(optax.GradientTransformationExtraArgs):
+    """A transformation that multiplies each update by its factor."""
+
+    factors: Callable[[optax.Updates, Any, jax.Array | None], list[jax.Array | None]]
+    """The factor of each leaf at a step: a scalar, an array, or None where it has none."""
+
+
+def multiply_gradients(gradient_multipliers: Mapping[str, Multiplier]) -> MultiplyByFactors:
     """Multiplies the gradients of named parameters.
 
         g'_name = factor_name * g_name
@@ -65,6 +72,18 @@ def multiply_gradients(gradient_multipliers: Mapping[str, Multiplier]) -> optax.
                 _check_shape(name, leaf, gradient_multipliers[keys[name]])
         return MultiplyGradientsState(jnp.zeros((), jnp.int32) if counts else None)
 
+    def factors(
+        updates: optax.Updates, state: MultiplyGradientsState, global_step: jax.Array | None
+    ) -> list[jax.Array | None]:
+        at_step = state.step if global_step is None else global_step
+        names = parameter_names(updates)
+        # The keys were checked at `init`, where the parameters that are not trained were there too.
+        keys = match_names("gradient_multipliers", gradient_multipliers, names, all_match=False)
+        return [
+            _factor(leaf, gradient_multipliers[keys[name]], at_step) if name in keys else None
+            for leaf, name in zip(jax.tree.leaves(updates), names, strict=True)
+        ]
+
     def update_fn(
         updates: optax.Updates,
         state: MultiplyGradientsState,
@@ -74,19 +93,17 @@ def multiply_gradients(gradient_multipliers: Mapping[str, Multiplier]) -> optax.
         **extra_args: Any,
     ) -> tuple[optax.Updates, MultiplyGradientsState]:
         del params, extra_args
-        at_step = state.step if global_step is None else global_step
-        names = parameter_names(updates)
-        # The keys were checked at `init`, where the parameters that are not trained were there too.
-        keys = match_names("gradient_multipliers", gradient_multipliers, names, all_match=False)
         leaves, treedef = jax.tree.flatten(updates)
         multiplied = [
-            _multiply(leaf, gradient_multipliers[keys[name]], at_step) if name in keys else leaf
-            for leaf, name in zip(leaves, names, strict=True)
+            leaf if factor is None else (leaf.astype(factor.dtype) * factor).astype(leaf.dtype)
+            for leaf, factor in zip(leaves, factors(updates, state, global_step), strict=True)
         ]
         step = None if state.step is None else optax.safe_increment(state.step)
         return jax.tree.unflatten(treedef, multiplied), MultiplyGradientsState(step)
 
-    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+    multiply = MultiplyByFactors(init_fn, update_fn)
+    multiply.factors = factors
+    return multiply
 
 
 def check_multipliers(argument: str, multipliers: Mapping[str, Multiplier]) -> None:
@@ -127,9 +144,9 @@ def _check_shape(name: str, leaf: jax.Array, factor: Multiplier) -> None:
         )
 
 
-def _multiply(leaf: jax.Array, factor: Multiplier, step: Any) -> jax.Array:
+def _factor(leaf: jax.Array, factor: Multiplier, step: Any) -> jax.Array | None:
+    """The factor in the dtype in which the leaf is computed; integers have none."""
     if not jnp.issubdtype(leaf.dtype, jnp.floating):
-        return leaf
-    dtype = compute_dtype(leaf.dtype)
-    value = jnp.asarray(factor(step) if callable(factor) else factor, dtype)
-    return (leaf.astype(dtype) * jnp.broadcast_to(value, leaf.shape)).astype(leaf.dtype)
+        return None
+    value = jnp.asarray(factor(step) if callable(factor) else factor, compute_dtype(leaf.dtype))
+    return value if value.ndim == 0 else jnp.broadcast_to(value, leaf.shape)

@@ -212,12 +212,17 @@ def _mix_words(x: jax.Array) -> jax.Array:
 
 
 def _mix(low: jax.Array, high: jax.Array, words: jax.Array) -> jax.Array:
-    """32 random bits for each index: the key enters before each multiplication."""
+    """32 random bits for each index.
+
+    Each round has a word of the key, and the last multiplies by the number itself: a permutation of the indices, as
+    constant multipliers make, would be seen to be too even from a few million numbers on.
+    """
     x = low + words[0]
     x = (x ^ (x >> 16)) * np.uint32(0x7FEB352D)
-    x = x + (words[1] + high)
-    x = (x ^ (x >> 15)) * np.uint32(0x846CA68B)
-    return x ^ (x >> 16)
+    x = x + (words[1] + high * np.uint32(0x9E3779B1))
+    y = (x ^ (x >> 15)) + words[0]
+    y = y * y + x
+    return y ^ (y >> 16)
 
 
 def _quantile(bits: jax.Array) -> jax.Array:
@@ -236,7 +241,7 @@ _DENOMINATOR = (1.4045519, 21.861345, 25.919386, 4.890621, 0.11494862)
 
 
 def _polynomial(coefficients: tuple[float, ...], y: jax.Array) -> jax.Array:
-    total = jnp.full_like(y, coefficients[0])
-    for coefficient in coefficients[1:]:
-        total = total * y + np.float32(coefficient)
-    return total
+    total = y * np.float32(coefficients[0])
+    for coefficient in coefficients[1:-1]:
+        total = (total + np.float32(coefficient)) * y
+    return total + np.float32(coefficients[-1])

@@ -1,7 +1,7 @@
 """The norm that every stage shares, and the dtype in which a leaf is computed."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -35,68 +35,73 @@ def global_norm(tree: Any) -> jax.Array:
     return leaf_norms(tree)[1]
 
 
-def leaf_norms(tree: Any, rescale: Callable[[Any], Any] | None = None) -> tuple[jax.Array, jax.Array]:
-    """Returns the norm of each leaf, in one vector, and the norm of all, from one pass over the leaves.
+def leaf_norms(tree: Any, factors: Sequence[jax.Array | None] | None = None) -> tuple[list[jax.Array], jax.Array]:
+    """Returns the norm of each leaf and the norm of all, from one pass over the leaves.
 
-    With `rescale` they are the norms of `rescale(tree)`, which is not stored.
+    With `factors` they are the norms of the leaves times their factors, which are not stored.
     """
-    leaves = _leaves(rescale, tree)
+    leaves = [jnp.asarray(leaf) for leaf in jax.tree.leaves(tree)]
     dtype = functools.reduce(compute_dtype, (leaf.dtype for leaf in leaves), jnp.dtype(jnp.float32))
     if not leaves:
-        return jnp.zeros((0,), dtype), jnp.zeros((), dtype)
-    squares = _sums_of_squares(leaves, jnp.ones((), dtype))
-    total = jnp.sum(squares)
+        return [], jnp.zeros((), dtype)
+    rows = zip(leaves, factors or [None] * len(leaves), strict=True)
+    apart = [_apart(leaf, factor, dtype) for leaf, factor in rows]
+    leaves, scalars = [leaf for leaf, _ in apart], [scalar for _, scalar in apart]
+    # One number for each leaf, not one vector: to take that apart, each leaf would need a kernel of its own.
+    squares = [_sum_of_squares(leaf, scalar, dtype) for leaf, scalar in apart]
+    total = jnp.sum(jnp.stack(squares))
     # A square that vanishes is below `tiny`; together they must stay below half an ulp of the sum.
-    count = sum(leaf.size for leaf in leaves)
-    smallest = 2 * count * jnp.finfo(dtype).tiny / jnp.finfo(dtype).eps
+    plain_size = sum(leaf.size for leaf, scalar in apart if scalar is None)
+    sizes = [leaf.size * jnp.square(scalar) for leaf, scalar in apart if scalar is not None]
+    smallest = jnp.sum(jnp.stack([jnp.asarray(plain_size, dtype), *sizes]))
+    smallest *= 2 * jnp.finfo(dtype).tiny / jnp.finfo(dtype).eps
     plain = (total > smallest) & (total < jnp.inf)
-    # Two branches: fused into one, each leaf's sum would work out the scale anew, and compiling takes n**2. They
-    # get the tree as it is, since what a branch is given has to be stored.
-    scale = jax.lax.cond(plain, _no_scale, _named(_scale_to_one, rescale), tree, total)
-    norms: tuple[jax.Array, jax.Array] = jax.lax.cond(
-        plain, _plain_norms, _named(_scaled_norms, rescale), tree, squares, scale
+    # Named functions, so that a loop without jit does not compile the branches at every step.
+    norms: tuple[list[jax.Array], jax.Array] = jax.lax.cond(
+        plain, _plain_norms, _scaled_norms, leaves, scalars, squares, total
     )
     return norms
 
 
-def _named(function: Callable[..., Any], rescale: Callable[[Any], Any] | None) -> Callable[..., Any]:
-    """The function with its `rescale`; the same object where there is none, so that eager loops do not recompile it."""
-    return function if rescale is None else functools.partial(function, rescale=rescale)
+def _apart(leaf: jax.Array, factor: jax.Array | None, dtype: Any) -> tuple[jax.Array, jax.Array | None]:
+    """A leaf and the scalar to be multiplied in later; a factor that is an array is multiplied in here."""
+    if factor is not None and factor.ndim:
+        return leaf.astype(factor.dtype) * factor, None
+    return leaf, None if factor is None else factor.astype(dtype)
 
 
-def _leaves(rescale: Callable[[Any], Any] | None, tree: Any) -> list[jax.Array]:
-    return [jnp.asarray(leaf) for leaf in jax.tree.leaves(tree if rescale is None else rescale(tree))]
+def _sum_of_squares(leaf: jax.Array, scalar: jax.Array | None, dtype: Any) -> jax.Array:
+    squares = jnp.sum(jnp.square(leaf.astype(dtype)))
+    return squares if scalar is None else squares * jnp.square(scalar)
 
 
-def _no_scale(tree: Any, total: jax.Array) -> jax.Array:
-    del tree
-    return jnp.ones_like(total)
-
-
-def _scale_to_one(tree: Any, total: jax.Array, rescale: Callable[[Any], Any] | None = None) -> jax.Array:
-    """The power of two that brings the largest element to about 1, so that squares can neither overflow nor vanish."""
-    leaves = _leaves(rescale, tree)
-    largest = jnp.max(jnp.stack([jnp.max(jnp.abs(x), initial=0).astype(total.dtype) for x in leaves]))
-    _, exponent = jnp.frexp(jax.lax.stop_gradient(largest))
-    reach = jnp.finfo(total.dtype).maxexp - 3  # a power beyond it would itself be flushed to zero
-    return jnp.ldexp(jnp.ones_like(total), jnp.clip(-exponent, -reach, reach))
-
-
-def _plain_norms(tree: Any, squares: jax.Array, scale: jax.Array) -> tuple[jax.Array, jax.Array]:
-    del tree, scale
-    return sqrt(squares), sqrt(jnp.sum(squares))
+def _plain_norms(
+    leaves: list[jax.Array], scalars: list[jax.Array | None], squares: list[jax.Array], total: jax.Array
+) -> tuple[list[jax.Array], jax.Array]:
+    del leaves, scalars
+    return [sqrt(square) for square in squares], sqrt(total)
 
 
 def _scaled_norms(
-    tree: Any, squares: jax.Array, scale: jax.Array, rescale: Callable[[Any], Any] | None = None
-) -> tuple[jax.Array, jax.Array]:
+    leaves: list[jax.Array], scalars: list[jax.Array | None], squares: list[jax.Array], total: jax.Array
+) -> tuple[list[jax.Array], jax.Array]:
+    del squares
     # The barrier hides constant leaves, whose squares the compiler would otherwise work out before they are scaled.
-    squares = _sums_of_squares(_leaves(rescale, jax.lax.optimization_barrier(tree)), scale)
-    return sqrt(squares) / scale, sqrt(jnp.sum(squares)) / scale
+    norms = [_scaled_norm(leaf.astype(total.dtype)) for leaf in jax.lax.optimization_barrier(leaves)]
+    norms = [n if scalar is None else n * jnp.abs(scalar) for n, scalar in zip(norms, scalars, strict=True)]
+    return norms, _scaled_norm(jnp.stack(norms))
 
 
-def _sums_of_squares(leaves: list[jax.Array], scale: jax.Array) -> jax.Array:
-    return jnp.stack([jnp.sum(jnp.square(leaf.astype(scale.dtype) * scale)) for leaf in leaves])
+@jax.jit
+def _scaled_norm(x: jax.Array) -> jax.Array:
+    """The norm by way of a power of two that brings the largest element near 1: no square overflows or vanishes."""
+    largest = jax.lax.stop_gradient(jnp.max(jnp.abs(x), initial=0))
+    # A float's exponent is a field of bits: subtracted from the highest one, it is that of the inverse.
+    integers = {4: jnp.int32, 8: jnp.int64}[x.dtype.itemsize]
+    infinity, smallest = (np.asarray(value, x.dtype).view(integers) for value in (np.inf, jnp.finfo(x.dtype).tiny))
+    exponent = jax.lax.bitcast_convert_type(largest, integers) & infinity
+    scale = jax.lax.bitcast_convert_type(jnp.maximum(infinity - smallest - exponent, smallest), x.dtype)
+    return sqrt(jnp.sum(jnp.square(x * scale))) / scale
 
 
 @jax.custom_jvp

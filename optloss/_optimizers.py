@@ -1,7 +1,7 @@
 """The six optimizers of the original, to its numbers."""
 
 import math
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -36,6 +36,9 @@ __all__ = [
 ]
 
 
+Numbers: TypeAlias = list[jax.Array]  # what a rule is made of, in the dtype in which it computes
+
+
 def sgd(learning_rate: LearningRate) -> optax.GradientTransformation:
     """Gradient descent.
 
@@ -62,14 +65,15 @@ def sgd(learning_rate: LearningRate) -> optax.GradientTransformation:
         rate: jax.Array, leafwise: Leafwise, choose: Choose, state: optax.EmptyState, params: optax.Params | None
     ) -> tuple[optax.Updates, optax.EmptyState]:
         del choose, params
-
-        def rule(g: jax.Array) -> tuple[jax.Array]:
-            return (-rate.astype(g.dtype) * g,)
-
-        (updates,) = leafwise(rule)
+        (updates,) = leafwise(_sgd_rule, (-rate,), ())
         return updates, state
 
     return optimizer_of(learning_rate, lambda params: optax.EmptyState(), rule_fn, safe_update)
+
+
+def _sgd_rule(choose: Choose, numbers: Numbers, g: jax.Array) -> tuple[jax.Array]:
+    (minus_rate,) = numbers
+    return (choose(minus_rate * g, -jnp.zeros_like(g)),)
 
 
 class MomentumState(NamedTuple):
@@ -116,18 +120,25 @@ def momentum(
     def rule_fn(
         rate: jax.Array, leafwise: Leafwise, choose: Choose, state: MomentumState, params: optax.Params | None
     ) -> tuple[optax.Updates, MomentumState]:
-        del params
-
-        def rule(g: jax.Array, a: jax.Array) -> tuple[jax.Array, jax.Array]:
-            lr, mu = rate.astype(a.dtype), jnp.asarray(decay, a.dtype)
-            a = choose(mu * a + g, a)
-            return -lr * (g + mu * a) if use_nesterov else -lr * a, a
-
-        updates, accumulator = leafwise(rule, state.accumulator)
+        del choose, params
+        rule = _nesterov_rule if use_nesterov else _momentum_rule
+        updates, accumulator = leafwise(rule, (-rate, decay), (state.accumulator,))
         return updates, MomentumState(accumulator)
 
     largest = 2 * _sum_of_powers(decay) * LARGEST_NORM if isinstance(decay, float) and decay <= 1 else None
     return optimizer_of(learning_rate, init_fn, rule_fn, safe_below(largest))
+
+
+def _momentum_rule(choose: Choose, numbers: Numbers, g: jax.Array, a: jax.Array) -> tuple[jax.Array, jax.Array]:
+    minus_rate, mu = numbers
+    a = choose(mu * a + g, a)
+    return choose(minus_rate * a, -jnp.zeros_like(a)), a
+
+
+def _nesterov_rule(choose: Choose, numbers: Numbers, g: jax.Array, a: jax.Array) -> tuple[jax.Array, jax.Array]:
+    minus_rate, mu = numbers
+    a = choose(mu * a + g, a)
+    return choose(minus_rate * (g + mu * a), -jnp.zeros_like(a)), a
 
 
 class AdagradState(NamedTuple):
@@ -170,18 +181,19 @@ def adagrad(learning_rate: LearningRate, initial_accumulator_value: ArrayLike = 
     def rule_fn(
         rate: jax.Array, leafwise: Leafwise, choose: Choose, state: AdagradState, params: optax.Params | None
     ) -> tuple[optax.Updates, AdagradState]:
-        del params
-
-        def rule(g: jax.Array, a: jax.Array) -> tuple[jax.Array, jax.Array]:
-            a = choose(a + g * g, a)
-            return -rate.astype(a.dtype) * g / jnp.sqrt(a), a
-
-        updates, accumulator = leafwise(rule, state.accumulator)
+        del choose, params
+        updates, accumulator = leafwise(_adagrad_rule, (-rate,), (state.accumulator,))
         return updates, AdagradState(accumulator)
 
     # |g| / sqrt(a + g**2), unless g**2 vanishes beside a or a square root of a tiny `a` is less than |g|.
     largest = 1 + LARGEST_NORM / math.sqrt(start) if isinstance(start, float) and start < 1e30 else None
     return optimizer_of(learning_rate, init_fn, rule_fn, safe_below(largest))
+
+
+def _adagrad_rule(choose: Choose, numbers: Numbers, g: jax.Array, a: jax.Array) -> tuple[jax.Array, jax.Array]:
+    (minus_rate,) = numbers
+    a = choose(a + g * g, a)
+    return choose(minus_rate * g, -jnp.zeros_like(a)) / jnp.sqrt(a), a
 
 
 class AdamState(NamedTuple):
@@ -241,19 +253,14 @@ def adam(
         rate: jax.Array, leafwise: Leafwise, choose: Choose, state: AdamState, params: optax.Params | None
     ) -> tuple[optax.Updates, AdamState]:
         del params
-
-        def rule(g: jax.Array, m: jax.Array, v: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-            power1, power2 = state.beta1_power.astype(m.dtype), state.beta2_power.astype(m.dtype)
-            alpha = rate.astype(m.dtype) * jnp.sqrt(1 - power2) / (1 - power1)
-            # TF1: the betas that the powers are made of. 1 - float32(0.999) differs from 0.001 by 1e-5.
-            m = choose(m + (g - m) * (1 - beta1_32.astype(m.dtype)), m)
-            v = choose(v + (g * g - v) * (1 - beta2_32.astype(v.dtype)), v)
-            return -alpha * m / (sqrt(v) + jnp.asarray(eps, v.dtype)), m, v
-
         beta1_32, beta2_32 = jnp.asarray(b1, jnp.float32), jnp.asarray(b2, jnp.float32)
-        updates, m, v = leafwise(rule, state.m, state.v)
-        powers = state.beta1_power * beta1_32, state.beta2_power * beta2_32
-        power1, power2 = choose(powers[0], state.beta1_power), choose(powers[1], state.beta2_power)
+        power1, power2 = state.beta1_power.astype(rate.dtype), state.beta2_power.astype(rate.dtype)
+        alpha = rate * jnp.sqrt(1 - power2) / (1 - power1)
+        # TF1: the betas that the powers are made of. 1 - float32(0.999) differs from 0.001 by 1e-5.
+        numbers = (-alpha, 1 - beta1_32.astype(rate.dtype), 1 - beta2_32.astype(rate.dtype), eps)
+        updates, m, v = leafwise(_adam_rule, numbers, (state.m, state.v))
+        power1 = choose(state.beta1_power * beta1_32, state.beta1_power)
+        power2 = choose(state.beta2_power * beta2_32, state.beta2_power)
         return updates, AdamState(m, v, power1, power2)
 
     largest = None
@@ -262,6 +269,16 @@ def adam(
         spread = (1 - b2) * (1 - b1**2 / b2) / (1 - b1) ** 2
         largest = (1 / math.sqrt(spread) + 1e-19 / eps) / (1 - b1)
     return optimizer_of(learning_rate, init_fn, rule_fn, safe_below(largest))
+
+
+def _adam_rule(
+    choose: Choose, numbers: Numbers, g: jax.Array, m: jax.Array, v: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    minus_alpha, keep1, keep2, eps = numbers
+    m = choose(m + (g - m) * keep1, m)
+    v = choose(v + (g * g - v) * keep2, v)
+    # Chosen before the division, which is then the last: more than one use of a quotient would store it apart.
+    return choose(minus_alpha * m, -jnp.zeros_like(m)) / (sqrt(v) + eps), m, v
 
 
 class RMSPropState(NamedTuple):
@@ -327,32 +344,31 @@ def rmsprop(
     def rule_fn(
         rate: jax.Array, leafwise: Leafwise, choose: Choose, state: RMSPropState, params: optax.Params | None
     ) -> tuple[optax.Updates, RMSPropState]:
-        del params
-
-        trees = {name: tree for name, tree in state._asdict().items() if tree is not None}
-
-        def rule(g: jax.Array, ms: jax.Array, *others: jax.Array) -> tuple[jax.Array, ...]:
-            held = dict(zip(list(trees)[1:], others, strict=True))
-            keep = 1 - jnp.asarray(decay, ms.dtype)
-            ms = choose(ms + (g * g - ms) * keep, ms)
-            spread = ms
-            if centered:
-                mg = held["mean_gradient"]
-                mg = held["mean_gradient"] = choose(mg + (g - mg) * keep, mg)
-                spread = jnp.maximum(ms - mg * mg, 0)  # rounding alone makes it negative
-            step = rate.astype(ms.dtype) * g / jnp.sqrt(spread + jnp.asarray(eps, ms.dtype))
-            if has_momentum:
-                momentum = held["momentum"]
-                step = held["momentum"] = choose(jnp.asarray(mu, ms.dtype) * momentum + step, momentum)
-            return -step, ms, *held.values()
-
-        updates, *new = leafwise(rule, *trees.values())
-        return updates, state._replace(**dict(zip(trees, new, strict=True)))
+        del choose, params
+        updates, *new = leafwise(_rmsprop_rule, (rate, decay, mu, eps), tuple(state))
+        return updates, RMSPropState(*new)
 
     largest = None
     if isinstance(mu, float) and mu <= 1 and isinstance(eps, float) and isinstance(decay, float):
         largest = _sum_of_powers(mu) * LARGEST_NORM / math.sqrt(eps)
     return optimizer_of(learning_rate, init_fn, rule_fn, safe_below(largest))
+
+
+def _rmsprop_rule(
+    choose: Choose, numbers: Numbers, g: jax.Array, ms: jax.Array, momentum: jax.Array | None, mg: jax.Array | None
+) -> tuple[jax.Array | None, ...]:
+    rate, decay, mu, eps = numbers
+    keep = 1 - decay
+    ms = choose(ms + (g * g - ms) * keep, ms)
+    spread = ms
+    if mg is not None:
+        mg = choose(mg + (g - mg) * keep, mg)
+        spread = jnp.maximum(ms - mg * mg, 0)  # rounding alone makes it negative
+    step = choose(rate * g, jnp.zeros_like(g)) / jnp.sqrt(spread + eps)
+    if momentum is None:
+        return -step, ms, momentum, mg
+    momentum = choose(mu * momentum + step, momentum)
+    return choose(-momentum, -jnp.zeros_like(g)), ms, momentum, mg
 
 
 class FtrlState(NamedTuple):
@@ -422,30 +438,32 @@ def ftrl(
         if params is None:
             raise ValueError("params: got None; Ftrl's update needs the parameters: update(updates, state, params).")
 
-        def rule(g: jax.Array, n: jax.Array, z: jax.Array, w: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-            lr, w = rate.astype(n.dtype), w.astype(n.dtype)
-            new_n = n + g * g
-            root, new_root = _to_the_minus(power, n), _to_the_minus(power, new_n)
-            new_z = z + g + 2 * jnp.asarray(shrinkage, n.dtype) * w - (new_root - root) / lr * w
-            n, z = choose(new_n, n), choose(new_z, z)
-            bound = jnp.asarray(l1, n.dtype)
-            outside = jnp.abs(z) > bound
-            divisor = jnp.where(outside, _to_the_minus(power, n) / lr + 2 * jnp.asarray(l2, n.dtype), 1)
-            new_w = jnp.where(outside, (bound * jnp.sign(z) - z) / divisor, 0)
-            return new_w - w, n, z
-
-        updates, accumulator, linear = leafwise(rule, state.accumulator, state.linear, given=(params,))
+        numbers = (rate, power, l1, l2, shrinkage)
+        slots = state.accumulator, state.linear
+        updates, accumulator, linear = leafwise(_ftrl_rule, numbers, slots, given=(params,))
         return updates, FtrlState(accumulator, linear)
 
     # z grows with the weights, of which nothing is known.
     return optimizer_of(learning_rate, init_fn, rule_fn, is_safe=None)
 
 
-def _to_the_minus(power: ArrayLike, n: jax.Array) -> jax.Array:
+def _ftrl_rule(
+    choose: Choose, numbers: Numbers, g: jax.Array, n: jax.Array, z: jax.Array, w: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    rate, power, l1, l2, shrinkage = numbers
+    w = w.astype(n.dtype)
+    new_n = n + g * g
+    new_z = z + g + 2 * shrinkage * w - (_to_the_minus(power, new_n) - _to_the_minus(power, n)) / rate * w
+    n, z = choose(new_n, n), choose(new_z, z)
+    outside = jnp.abs(z) > l1
+    divisor = jnp.where(outside, _to_the_minus(power, n) / rate + 2 * l2, 1)
+    new_w = jnp.where(outside, (l1 * jnp.sign(z) - z) / divisor, 0)
+    return new_w - w, n, z
+
+
+def _to_the_minus(power: jax.Array, n: jax.Array) -> jax.Array:
     """Raises n to the power -power, by a square root for the usual one."""
-    if isinstance(power, float) and power == -0.5:
-        return sqrt(n)
-    return n ** -jnp.asarray(power, n.dtype)
+    return jnp.where(power == -0.5, sqrt(n), n**-power)
 
 
 def _sum_of_powers(decay: float) -> float:

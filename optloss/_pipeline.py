@@ -12,7 +12,7 @@ from jax.typing import ArrayLike
 from optloss._check import check_choice
 from optloss._clipping import AdaptiveClippingState, ClipByFactor, ClipGradients, clip_stage
 from optloss._learning_rate import DecayFunction, check_decay, check_learning_rate, decayed_rate
-from optloss._multipliers import Multiplier, multiply_gradients
+from optloss._multipliers import Multiplier, MultiplyByFactors, multiply_gradients
 from optloss._names import Variables, check_variables, parameter_names, select_parameters
 from optloss._noise import NOISE_GENERATORS, NoiseScale, add_gradient_noise, check_key, check_noise_scale, scoped_key
 from optloss._numerics import compute_dtype, leaf_norms, scale_tree
@@ -171,14 +171,14 @@ def run_stages(
     if pipeline.noise is not None:
         noisy, noise = pipeline.noise(0).update(gradients, state.noise, params, **stage_args)  # the key is in the state
 
-    def multiply(gradients: optax.Updates) -> tuple[optax.Updates, optax.OptState]:
-        multiplied: tuple[optax.Updates, optax.OptState] = pipeline.multiply.update(
-            gradients, state.multipliers, params, **stage_args
-        )
-        return multiplied
+    def multiply(gradients: optax.Updates) -> optax.Updates:
+        return pipeline.multiply.update(gradients, state.multipliers, params, **stage_args)[0]
 
-    _, multipliers = multiply(noisy)
-    clipped = _clip(pipeline.clip, noisy, lambda gradients: multiply(gradients)[0], state.clip, params, stage_args)
+    _, multipliers = pipeline.multiply.update(noisy, state.multipliers, params, **stage_args)
+    factors = None
+    if isinstance(pipeline.multiply, MultiplyByFactors):
+        factors = pipeline.multiply.factors(noisy, state.multipliers, global_step)
+    clipped = _clip(pipeline.clip, noisy, factors, multiply, state.clip, params, stage_args)
     clip = keep_types("clip_gradients", clipped.state, state.clip)
     rate = state.learning_rate
     if rate is not None:
@@ -216,29 +216,30 @@ class _Clipped(NamedTuple):
     """Gradients after the clip, and the norms."""
 
     gradients: optax.Updates  # not yet rescaled
-    rescale: Callable[[optax.Updates], optax.Updates]  # multiplier and factor: so each use rescales, and nothing stores
+    rescale: Callable[[optax.Updates], optax.Updates]  # by multiplier and factor, where it is used: it is not stored
     state: optax.OptState
     before: jax.Array  # norm of all gradients
     after: jax.Array | None  # norm of all clipped gradients; None without clipping
-    leaves: jax.Array  # norm of each clipped gradient
+    leaves: list[jax.Array]  # norm of each clipped gradient
 
 
 def _clip(
     clip: optax.GradientTransformationExtraArgs | None,
     gradients: optax.Updates,
+    factors: list[jax.Array | None] | None,
     multiply: Callable[[optax.Updates], optax.Updates],
     state: optax.OptState,
     params: optax.Params,
     extra_args: dict[str, Any],
 ) -> _Clipped:
     """Clips, and gives the norms: after a clip by a factor they come from the factor, without a second pass."""
-    leaves, norm = leaf_norms(gradients, multiply)
+    leaves, norm = leaf_norms(gradients, factors)
     if clip is None:
         return _Clipped(gradients, multiply, state, norm, None, leaves)
     if isinstance(clip, ClipByFactor):
         factor, state = clip.factor(norm, state, extra_args.get("global_step"))
         rescale = lambda gradients: scale_tree(multiply(gradients), factor)  # noqa: E731  # a name for each would hide it
-        return _Clipped(gradients, rescale, state, norm, norm * factor, leaves * factor)
+        return _Clipped(gradients, rescale, state, norm, norm * factor, [leaf * factor for leaf in leaves])
     gradients, state = clip.update(multiply(gradients), state, params, **extra_args)
     clipped_leaves, clipped_norm = leaf_norms(gradients)
     return _Clipped(gradients, lambda gradients: gradients, state, norm, clipped_norm, clipped_leaves)

@@ -26,7 +26,7 @@ __all__ = [
 
 LearningRate: TypeAlias = ArrayLike | Callable[[jax.Array], ArrayLike]
 Choose: TypeAlias = Callable[[jax.Array, jax.Array], jax.Array]  # of new and old
-Leafwise: TypeAlias = Callable[..., tuple[Any, ...]]  # of a rule, slots, and given=trees that are only read
+Leafwise: TypeAlias = Callable[..., tuple[Any, ...]]  # of a rule, its numbers, its slots, and trees that are only read
 UpdateRule: TypeAlias = Callable[
     [jax.Array, Leafwise, Choose, Any, optax.Params | None],  # rate, leafwise, choose, state, params
     tuple[optax.Updates, Any],
@@ -84,10 +84,8 @@ def optimizer_of(
     def guarded_update(
         finite: jax.Array, updates: optax.Updates, state: Any, params: optax.Params
     ) -> tuple[optax.Updates, Any]:
-        def choose(new: jax.Array, old: jax.Array) -> jax.Array:
-            return jnp.where(finite, new, old)
-
-        return rule_fn(rate_of(updates), functools.partial(_leafwise, updates, finite), choose, state, params)
+        leafwise = functools.partial(_leafwise, updates, finite)
+        return rule_fn(rate_of(updates), leafwise, functools.partial(_where, finite), state, params)
 
     if is_safe is None:
         return optax.GradientTransformationExtraArgs(init_fn, update_fn)
@@ -140,29 +138,50 @@ def _new(new: jax.Array, old: jax.Array) -> jax.Array:
     return new
 
 
+def _where(finite: jax.Array, new: jax.Array, old: jax.Array) -> jax.Array:
+    return jnp.where(finite, new, old)
+
+
 def _leafwise(
     updates: optax.Updates,
     finite: jax.Array | None,
-    rule: Callable[..., tuple[jax.Array, ...]],
-    *slots: Any,
+    rule: Callable[..., tuple[jax.Array | None, ...]],
+    numbers: tuple[ArrayLike, ...],
+    slots: tuple[Any, ...],
     given: tuple[Any, ...] = (),
 ) -> tuple[Any, ...]:
-    """Applies a rule from (gradient, slots..., given...) to (update, new slots...) to each leaf.
+    """Applies a rule from (choose, numbers, gradient, slots..., given...) to (update, new slots...) to each leaf.
 
-    It computes in the slots' dtype; the update leaves in the gradient's, as -0.0 where the step is not finite: adding
-    that changes no bit.
+    It computes in the slots' dtype; the update leaves in the gradient's. Where the step is not finite, a rule chooses
+    the old slots and an update of -0.0: adding that changes no bit. A slot may be None in place of its tree.
     """
     gradients, treedef = jax.tree.flatten(updates)
-    columns = [jax.tree.leaves(tree) for tree in (*slots, *given)]
+    arrays = tuple(jnp.asarray(number) for number in numbers)
+    columns = [[None] * len(gradients) if tree is None else jax.tree.leaves(tree) for tree in (*slots, *given)]
     rows = []
     for gradient, *others in zip(gradients, *columns, strict=True):
-        update, *new = rule(gradient.astype(_dtype_of(gradient, others)), *others)
-        update = update.astype(gradient.dtype)
-        rows.append((update if finite is None else jnp.where(finite, update, -jnp.zeros_like(update)), *new))
+        # Traced, leaves of one shape share a trace. Not so in a loop without jit, where it would round otherwise.
+        on_leaf = _on_leaf_jitted if isinstance(gradient, jax.core.Tracer) else _on_leaf
+        rows.append(on_leaf(rule, len(slots), finite, arrays, gradient, *others))
     if not rows:
         return updates, *slots
-    return tuple(jax.tree.unflatten(treedef, column) for column in zip(*rows, strict=True))
+    new = [None if column[0] is None else jax.tree.unflatten(treedef, column) for column in zip(*rows, strict=True)]
+    return tuple(new)
 
 
-def _dtype_of(gradient: jax.Array, others: list[jax.Array]) -> Any:
-    return others[0].dtype if others else compute_dtype(gradient.dtype)
+def _on_leaf(
+    rule: Callable[..., tuple[jax.Array | None, ...]],
+    slots: int,
+    finite: jax.Array | None,
+    numbers: tuple[jax.Array, ...],
+    gradient: jax.Array,
+    *others: jax.Array | None,
+) -> tuple[jax.Array | None, ...]:
+    dtype = others[0].dtype if slots and others[0] is not None else compute_dtype(gradient.dtype)
+    choose = _new if finite is None else functools.partial(_where, finite)
+    update, *new = rule(choose, [number.astype(dtype) for number in numbers], gradient.astype(dtype), *others)
+    assert update is not None  # what can be None are slots
+    return update.astype(gradient.dtype), *new
+
+
+_on_leaf_jitted = jax.jit(_on_leaf, static_argnums=(0, 1))

@@ -5,12 +5,11 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from optloss._check import check_choice
-from optloss._numerics import compute_dtype
+from optloss._histogram import Histogram, histogram
 
-__all__ = ["OPTIMIZER_SUMMARIES", "Histogram", "StepFigures", "Summaries", "check_summaries", "histogram", "summarize"]
+__all__ = ["OPTIMIZER_SUMMARIES", "StepFigures", "Summaries", "check_summaries", "summarize"]
 
 OPTIMIZER_SUMMARIES = (
     "learning_rate",
@@ -25,18 +24,6 @@ OPTIMIZER_SUMMARIES = (
 _DEFAULT_SUMMARIES = ("loss", "learning_rate", "global_gradient_norm")
 
 
-class Histogram(NamedTuple):
-    """A histogram with the fields of TensorFlow's, on the device."""
-
-    min: jax.Array  # shape=(), float32
-    max: jax.Array  # shape=(), float32
-    num: jax.Array  # shape=(), int32: how many values
-    sum: jax.Array  # shape=(), float32
-    sum_squares: jax.Array  # shape=(), float32
-    bucket_limit: jax.Array  # shape=(1551,), float32: upper ends; a bucket is without its own
-    bucket: jax.Array  # shape=(1551,), int32: how many values in each
-
-
 Summaries = dict[str, jax.Array | Histogram]
 
 
@@ -47,7 +34,7 @@ class StepFigures(NamedTuple):
     learning_rate: jax.Array | None  # after its decay; None without a decay
     names: list[str]
     gradients: list[jax.Array]  # clipped
-    gradient_norms: jax.Array  # of the clipped gradients
+    gradient_norms: list[jax.Array]  # of the clipped gradients
     norm: jax.Array  # before clipping
     clipped_norm: jax.Array | None  # None without clipping
     max_norm: jax.Array | None  # the adaptive limit, where it is reported
@@ -80,8 +67,8 @@ def summarize(asked: tuple[str, ...], scope: str, figures: StepFigures) -> Summa
         tags["global_norm/clipped_gradient_norm"] = figures.clipped_norm
     tags["global_norm/adaptive_max_gradient_norm"] = figures.max_norm
     if "gradient_norm" in asked:
-        for i, name in enumerate(figures.names):
-            tags[f"gradient_norm/{name}"] = figures.gradient_norms[i]
+        for name, norm in zip(figures.names, figures.gradient_norms, strict=True):
+            tags[f"gradient_norm/{name}"] = norm
     if "gradients" in asked:
         for name, gradient in zip(figures.names, figures.gradients, strict=True):
             tags[f"gradients/{name}"] = histogram(gradient)
@@ -90,53 +77,3 @@ def summarize(asked: tuple[str, ...], scope: str, figures: StepFigures) -> Summa
         for tag, value in tags.items()
         if value is not None
     }
-
-
-def histogram(values: jax.Array) -> Histogram:
-    """Returns the histogram of an array over TensorFlow's buckets.
-
-    The limits grow by a tenth from 1e-12 to 1e20 on either side of 0. Values that are not finite are left out.
-
-    Args:
-        values: Real array of any shape.
-
-    Example:
-        >>> h = optloss.histogram(jnp.array([-1.0, 0.5, 2.0]))
-        >>> int(h.num), float(h.sum), int(h.bucket.sum())
-        (3, 1.5, 3)
-
-    TensorFlow's summary keeps only the buckets around those that are filled; here the shape must not hang on the
-    values. `jnp.histogram` has evenly spaced bins and fails on explicitly sharded arrays.
-    """
-    mesh = jax.typeof(values).sharding.mesh
-    if mesh.explicit_axes:  # neither a search nor a scatter has a rule for them
-        everywhere = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
-        sharded = jax.sharding.auto_axes(_histogram, axes=mesh.explicit_axes, out_sharding=everywhere)
-        return Histogram(*sharded(values))
-    return _histogram(values)
-
-
-def _histogram(values: jax.Array) -> Histogram:
-    limits = jnp.asarray(_bucket_limits())
-    flat = jnp.ravel(values).astype(compute_dtype(values.dtype))
-    finite = jnp.isfinite(flat)
-    counted = jnp.where(finite, flat, 0).astype(jnp.float32)
-    places = jnp.minimum(jnp.searchsorted(limits, counted, side="right"), len(limits) - 1)  # the last has its own end
-    bucket = jnp.zeros(limits.shape, jnp.int32).at[places].add(finite.astype(jnp.int32))
-    return Histogram(
-        min=jnp.min(jnp.where(finite, counted, jnp.inf), initial=jnp.inf),
-        max=jnp.max(jnp.where(finite, counted, -jnp.inf), initial=-jnp.inf),
-        num=jnp.sum(finite, dtype=jnp.int32),
-        sum=jnp.sum(counted),
-        sum_squares=jnp.sum(counted * counted),
-        bucket_limit=limits,
-        bucket=bucket,
-    )
-
-
-def _bucket_limits() -> np.ndarray:
-    limits = [1e-12]
-    while limits[-1] * 1.1 < 1e20:
-        limits.append(limits[-1] * 1.1)
-    limits.append(float(np.finfo(np.float32).max))
-    return np.asarray([*(-limit for limit in reversed(limits)), 0.0, *limits], np.float32)

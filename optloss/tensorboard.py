@@ -7,7 +7,7 @@ import jax
 import numpy as np
 from jax.typing import ArrayLike
 
-from optloss._summaries import Histogram
+from optloss._histogram import Histogram
 
 __all__ = ["write_summaries"]
 

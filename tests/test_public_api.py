@@ -14,7 +14,7 @@ PACKAGE = Path(optloss.__file__).parent
 ROWS = [
     ["_check"],
     ["_names", "_numerics"],
-    ["_rule"],
+    ["_rule", "_histogram"],
     ["_noise", "_multipliers", "_clipping", "_decay", "_learning_rate", "_optimizers", "_summaries"],
     ["_decay_cosine", "_optimizer_forms"],
     ["_pipeline"],
