@@ -71,7 +71,8 @@ def _apart(leaf: jax.Array, factor: jax.Array | None, dtype: Any) -> tuple[jax.A
 
 
 def _sum_of_squares(leaf: jax.Array, scalar: jax.Array | None, dtype: Any) -> jax.Array:
-    squares = jnp.sum(jnp.square(leaf.astype(dtype)))
+    # Behind the barrier, the squares are not those that an optimizer takes, which the compiler would store for both.
+    squares = jnp.sum(jnp.square(jax.lax.optimization_barrier(leaf).astype(dtype)))
     return squares if scalar is None else squares * jnp.square(scalar)
 
 

@@ -133,7 +133,8 @@ def optimize_loss(
         axis_name: Name of the axis of a `pmap`, `vmap` or `shard_map` over which gradients, loss, model state and the
             scalars of aux are averaged.
         nonfinite: "skip": a step whose loss, gradient norm, update or new state is not finite changes nothing but the
-            count of such steps; "apply": it is applied, as in the original.
+            count of such steps; "apply": it is applied, as in the original. The six optimizers but Ftrl tell by bounds,
+            before they write: a clipped norm above 1e15 (SGD: an update above 1e30) is too near to overflow for them.
         key: Default for the `key` of `init`, and the seed of `transformation`.
         noise_generator: "mixer", or "threefry" for `jax.random`'s own, which is slower. See `add_gradient_noise`.
 

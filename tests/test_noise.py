@@ -1,5 +1,6 @@
 """Gradient noise: its distribution against the recorded one, and what a draw hangs on."""
 
+from statistics import NormalDist
 from typing import Any
 
 import jax
@@ -9,6 +10,7 @@ import pytest
 from conftest import read_golden
 
 import optloss
+from optloss._noise import _indices, _quantile
 
 SAMPLES = 1_000_000
 GOLDEN = read_golden("noise.json")
@@ -133,3 +135,35 @@ def test_optimize_loss_adds_the_noise_that_the_stage_draws() -> None:
     state, _ = train.update(state)
     (noise,) = draw(["w"], (5,), scale=0.5, key=key)
     np.testing.assert_array_equal(state.params["w"], -noise["w"])
+
+
+def test_each_element_of_an_array_beyond_32_bits_has_an_index_of_its_own() -> None:
+    """Row-major, in two words; the compiler works out the elements that are asked for alone."""
+
+    @jax.jit
+    def indices(leaf_at: tuple[jax.Array, ...]) -> list[jax.Array]:
+        return [word[leaf_at] for word in _indices(jnp.zeros((3, 2**17, 2**15)))]
+
+    for at, expected in {(0, 0, 5): (5, 0), (0, 1, 0): (2**15, 0), (2, 2**17 - 1, 2**15 - 1): (2**32 - 1, 2)}.items():
+        assert tuple(int(word) for word in indices(tuple(map(jnp.int32, at)))) == expected
+
+
+def test_both_generators_draw_the_same_distribution_and_other_numbers() -> None:
+    """Six standard errors of a standard deviation."""
+    zeros, draws = {"w": jnp.zeros(SAMPLES)}, {}
+    for generator in ("mixer", "threefry"):
+        stage = optloss.add_gradient_noise(1.0, 0, generator=generator)
+        draws[generator] = np.asarray(stage.update(zeros, stage.init(zeros))[0]["w"])
+    assert np.mean(draws["mixer"] == draws["threefry"]) < 1e-4
+    for sample in draws.values():
+        assert abs(sample.std() - THEORY["std"]) < 6 * THEORY["std"] / np.sqrt(2 * SAMPLES)
+
+
+def test_the_quantile_is_right_to_a_millionth() -> None:
+    """Every number that can be drawn, against the normal distribution function from the standard library's erfc."""
+    bits = jnp.arange(0, 2**32, 2**16, dtype=jnp.uint32) | jnp.uint32(0x8000)
+    drawn = np.asarray(_quantile(bits), np.float64)
+    t = ((np.asarray(bits).astype(np.int32) >> 8) + 0.5) / 2**23
+    inside = NormalDist().cdf(2.0) - NormalDist().cdf(-2.0)
+    expected = np.array([NormalDist().inv_cdf(0.5 + inside * u / 2) for u in t])
+    assert np.abs(drawn - expected).max() < 1e-6

@@ -80,6 +80,14 @@ def test_a_step_reads_and_writes_what_it_must(optimizer: str, slots: int) -> Non
     assert bytes_per_parameter(compile_update(optimizer=optimizer)) == pytest.approx(expected + BRANCH, abs=0.1)
 
 
+@pytest.mark.parametrize("nonfinite", ["skip", "apply"])
+@pytest.mark.parametrize("clip", [None, 1.0])
+def test_no_setting_stores_an_array_of_a_parameters_size(nonfinite: str, clip: float | None) -> None:
+    """Not the squared gradients either, of which the norm and Adam make different use."""
+    program = compile_update(nonfinite=nonfinite, clip_gradients=clip, gradient_multipliers=None)
+    assert program.memory_analysis().temp_size_in_bytes < 100_000
+
+
 def test_noise_is_one_more_pass() -> None:
     """The gradient is read and the noisy one written: 8 bytes."""
     quiet, noisy = compile_update(), compile_update(gradient_noise_scale=0.01)

@@ -118,8 +118,9 @@ ROWS = {
     "truncated-10m-300": Row("the same, PyTorch's noise truncated", NONE, ("truncated, 10M in 300",), ratios),
     "full-100m-300": Row("full step, 100M in 300", "<= 2.5", ("full, 100M in 300",), ratios, large=True),
     "plain-10m-300": Row("without noise, 10M in 300", "<= 2", ("plain, 10M in 300",), ratios),
+    "quiet-10m-300": Row("the same in a scan of 10 steps", "<= 2", ("quiet, 10M in 300",), ratios),
     "plain-3m-3000": Row("without noise, 3M in 3,000", "<= 15", ("plain, 3M in 3,000",), ratios),
-    "compile-300": Row("compile, full step, 300 arrays", "<= 6 s", ("full, 10M in 300",), compilations),
+    "compile-300": Row("compile, full step, 300 arrays", "<= 6 s", ("compile, 10M in 300",), compilations),
     "compile-3000": Row("compile, full step, 3,000 arrays", "<= 40 s", ("compile, 3M in 3,000",), compilations),
     "transformation": Row(
         "full step as a transformation, updates returned, 10M in 10", NONE, ("transformation",), ratios
