@@ -185,11 +185,11 @@ def run_stages(
         rate = decayed_rate(rate, global_step, pipeline.learning_rate_decay_fn)
     finite &= jnp.isfinite(clipped.before)
     finite = still_finite(finite, (noise, multipliers, clip), (state.noise, state.multipliers, state.clip))
-    # Without the step: a line search refuses arguments that it does not know.
     optimizer = pipeline.optimizer(rate)
     if isinstance(optimizer, GuardedOptimizer) and _is_wide((gradients, params)):
         updates, optimizer_state, finite = _guarded_update(pipeline, optimizer, clipped, state, params, finite)
     else:
+        # Without the step: a line search refuses arguments that it does not know.
         updates, optimizer_state, finite = _update_and_look(
             pipeline, optimizer, clipped, state, params, finite, extra_args
         )
@@ -238,7 +238,10 @@ def _clip(
         return _Clipped(gradients, multiply, state, norm, None, leaves)
     if isinstance(clip, ClipByFactor):
         factor, state = clip.factor(norm, state, extra_args.get("global_step"))
-        rescale = lambda gradients: scale_tree(multiply(gradients), factor)  # noqa: E731  # a name for each would hide it
+
+        def rescale(gradients: optax.Updates) -> optax.Updates:
+            return scale_tree(multiply(gradients), factor)
+
         return _Clipped(gradients, rescale, state, norm, norm * factor, [leaf * factor for leaf in leaves])
     gradients, state = clip.update(multiply(gradients), state, params, **extra_args)
     clipped_leaves, clipped_norm = leaf_norms(gradients)
