@@ -57,7 +57,7 @@ def add_gradient_noise(
         scale: Factor of the noise, >= 0: a number, a scalar array, or a function of the step, which is the pipeline's
             `global_step` inside `optimize_loss` and the number of the draw elsewhere.
         key: Seed (an integer below 2**64), typed key as `jax.random.key(seed)` makes, or its data (uint32[2]).
-        generator: "mixer", or "threefry" for `jax.random.truncated_normal`, which is about ten times slower on a CPU.
+        generator: "mixer", or "threefry" for `jax.random.truncated_normal`: more than ten times slower on a CPU.
 
     Returns:
         A transformation whose state is a `GradientNoiseState`.
