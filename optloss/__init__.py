@@ -24,6 +24,7 @@ from optloss._decay_cosine import (
     linear_cosine_decay,
     noisy_linear_cosine_decay,
 )
+from optloss._ftrl import FtrlState, ftrl
 from optloss._histogram import Histogram, histogram
 from optloss._learning_rate import DecayedLearningRateState, from_schedule, scale_by_decayed_learning_rate
 from optloss._multipliers import MultiplyGradientsState, multiply_gradients
@@ -35,12 +36,10 @@ from optloss._optimizer_forms import OPTIMIZER_CLS_NAMES
 from optloss._optimizers import (
     AdagradState,
     AdamState,
-    FtrlState,
     MomentumState,
     RMSPropState,
     adagrad,
     adam,
-    ftrl,
     momentum,
     rmsprop,
     sgd,

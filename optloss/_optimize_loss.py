@@ -19,22 +19,16 @@ from optloss._pipeline import (
     Pipeline,
     build_pipeline,
     check_flag,
-    choose,
-    colocate,
     dry_run,
     init_stages,
     initial_step,
-    keep,
-    keep_types,
-    merge,
     next_step,
     run_stages,
-    shardings_of,
-    still_finite,
 )
 from optloss._summaries import Summaries
 from optloss._train_state import TrainState, own, spread_over_mesh, unshared
 from optloss._transformation import as_transformation
+from optloss._trees import choose, colocate, keep, keep_types, merge, shardings_of, still_finite
 
 __all__ = ["TrainOp", "TrainOutput", "optimize_loss"]
 

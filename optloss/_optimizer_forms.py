@@ -10,7 +10,8 @@ import optax
 from jax.typing import ArrayLike
 
 from optloss._check import check_arity, describe, did_you_mean, shape_of_call
-from optloss._optimizers import adagrad, adam, ftrl, momentum, rmsprop, sgd
+from optloss._ftrl import ftrl
+from optloss._optimizers import adagrad, adam, momentum, rmsprop, sgd
 from optloss._rule import LearningRate
 
 __all__ = ["OPTIMIZER_CLS_NAMES", "OptimizerFunction", "optimizer_function"]

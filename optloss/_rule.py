@@ -18,6 +18,7 @@ __all__ = [
     "GuardedOptimizer",
     "Leafwise",
     "LearningRate",
+    "Numbers",
     "optimizer_of",
     "safe_below",
     "safe_update",
@@ -26,6 +27,7 @@ __all__ = [
 
 LearningRate: TypeAlias = ArrayLike | Callable[[jax.Array], ArrayLike]
 Choose: TypeAlias = Callable[[jax.Array, jax.Array], jax.Array]  # of new and old
+Numbers: TypeAlias = list[jax.Array]  # what a rule is made of, in the dtype in which it computes
 Leafwise: TypeAlias = Callable[..., tuple[Any, ...]]  # of a rule, its numbers, its slots, and trees that are only read
 UpdateRule: TypeAlias = Callable[
     [jax.Array, Leafwise, Choose, Any, optax.Params | None],  # rate, leafwise, choose, state, params

@@ -5,7 +5,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from optloss._pipeline import OptState, strong_array
+from optloss._pipeline import OptState
+from optloss._trees import strong_array
 
 __all__ = ["TrainState", "own", "spread_over_mesh", "unshared"]
 

@@ -18,18 +18,14 @@ from optloss._pipeline import (
     Pipeline,
     build_pipeline,
     check_flag,
-    choose,
-    colocate,
     dry_run,
     init_stages,
     initial_step,
-    keep,
-    merge,
     next_step,
     run_stages,
-    shardings_of,
 )
 from optloss._summaries import Summaries
+from optloss._trees import choose, colocate, keep, merge, shardings_of
 
 __all__ = ["TransformationState", "as_transformation", "transformation"]
 

@@ -108,12 +108,15 @@ def test_all_equal_values_are_one_bucket() -> None:
     check(optloss.histogram(jnp.asarray(values)), values)
 
 
-@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16, jnp.float32, jnp.float64, jnp.int32])
-@pytest.mark.parametrize("x64", [False, True])
+@pytest.mark.parametrize(
+    ("dtype", "x64"),
+    [
+        *((dtype, x64) for dtype in (jnp.bfloat16, jnp.float16, jnp.float32, jnp.int32) for x64 in (False, True)),
+        (jnp.float64, True),
+    ],
+)
 @pytest.mark.parametrize("n", [1000])
 def test_any_dtype_is_counted(dtype: Any, x64: bool, n: int) -> None:
-    if dtype == jnp.float64 and not x64:
-        pytest.skip("no float64")
     with enable_x64(x64):
         values = jnp.asarray((RNG.standard_normal(n) * 10).astype(dtype))
         check(optloss.histogram(values), values)

@@ -13,9 +13,9 @@ PACKAGE = Path(optloss.__file__).parent
 # A module imports only from rows above its own; `_numerics` and `_names` may use `_check`, and so on down.
 ROWS = [
     ["_check"],
-    ["_names", "_numerics"],
+    ["_names", "_numerics", "_trees"],
     ["_rule", "_histogram"],
-    ["_noise", "_multipliers", "_clipping", "_decay", "_learning_rate", "_optimizers", "_summaries"],
+    ["_noise", "_multipliers", "_clipping", "_decay", "_learning_rate", "_optimizers", "_ftrl", "_summaries"],
     ["_decay_cosine", "_optimizer_forms"],
     ["_pipeline"],
     ["_transformation", "_train_state"],
