@@ -55,12 +55,13 @@ def leaf_norms(tree: Any, factors: Sequence[jax.Array | None] | None = None) -> 
     sizes = [leaf.size * jnp.square(scalar) for leaf, scalar in apart if scalar is not None]
     smallest = jnp.sum(jnp.stack([jnp.asarray(plain_size, dtype), *sizes]))
     smallest *= 2 * jnp.finfo(dtype).tiny / jnp.finfo(dtype).eps
-    plain = (total > smallest) & (total < jnp.inf)
+    is_plain = (total > smallest) & (total < jnp.inf)
+    # A power of two, exact; it takes numbers whose squares lie beyond one end of the dtype to the middle.
+    shift = 0.75 * jnp.finfo(dtype).maxexp
+    scale = jnp.where(is_plain, 1, jnp.where(total > 1, 2.0**-shift, 2.0**shift)).astype(dtype)
     # Named functions, so that a loop without jit does not compile the branches at every step.
-    norms: tuple[list[jax.Array], jax.Array] = jax.lax.cond(
-        plain, _plain_norms, _scaled_norms, leaves, scalars, squares, total
-    )
-    return norms
+    squares, total = jax.lax.cond(is_plain, _as_they_are, _scaled_squares, squares, total, leaves, scalars, scale)
+    return [sqrt(square) / scale for square in squares], sqrt(total) / scale
 
 
 def _apart(leaf: jax.Array, factor: jax.Array | None, dtype: Any) -> tuple[jax.Array, jax.Array | None]:
@@ -76,33 +77,31 @@ def _sum_of_squares(leaf: jax.Array, scalar: jax.Array | None, dtype: Any) -> ja
     return squares if scalar is None else squares * jnp.square(scalar)
 
 
-def _plain_norms(
-    leaves: list[jax.Array], scalars: list[jax.Array | None], squares: list[jax.Array], total: jax.Array
+def _as_they_are(
+    squares: list[jax.Array],
+    total: jax.Array,
+    leaves: list[jax.Array],
+    scalars: list[jax.Array | None],
+    scale: jax.Array,
 ) -> tuple[list[jax.Array], jax.Array]:
-    del leaves, scalars
-    return [sqrt(square) for square in squares], sqrt(total)
+    del leaves, scalars, scale
+    return squares, total
 
 
-def _scaled_norms(
-    leaves: list[jax.Array], scalars: list[jax.Array | None], squares: list[jax.Array], total: jax.Array
+def _scaled_squares(
+    squares: list[jax.Array],
+    total: jax.Array,
+    leaves: list[jax.Array],
+    scalars: list[jax.Array | None],
+    scale: jax.Array,
 ) -> tuple[list[jax.Array], jax.Array]:
-    del squares
-    # The barrier hides constant leaves, whose squares the compiler would otherwise work out before they are scaled.
-    norms = [_scaled_norm(leaf.astype(total.dtype)) for leaf in jax.lax.optimization_barrier(leaves)]
-    norms = [n if scalar is None else n * jnp.abs(scalar) for n, scalar in zip(norms, scalars, strict=True)]
-    return norms, _scaled_norm(jnp.stack(norms))
-
-
-@jax.jit
-def _scaled_norm(x: jax.Array) -> jax.Array:
-    """The norm by way of a power of two that brings the largest element near 1: no square overflows or vanishes."""
-    largest = jax.lax.stop_gradient(jnp.max(jnp.abs(x), initial=0))
-    # A float's exponent is a field of bits: subtracted from the highest one, it is that of the inverse.
-    integers = {4: jnp.int32, 8: jnp.int64}[x.dtype.itemsize]
-    infinity, smallest = (np.asarray(value, x.dtype).view(integers) for value in (np.inf, jnp.finfo(x.dtype).tiny))
-    exponent = jax.lax.bitcast_convert_type(largest, integers) & infinity
-    scale = jax.lax.bitcast_convert_type(jnp.maximum(infinity - smallest - exponent, smallest), x.dtype)
-    return sqrt(jnp.sum(jnp.square(x * scale))) / scale
+    """The sums of squares times `scale ** 2`, where those without it would overflow or vanish."""
+    scales = [scale if scalar is None else scale * scalar for scalar in scalars]
+    # The barrier hides constant leaves, whose squares the compiler would otherwise work out before they are scaled, and
+    # keeps the scales apart: the compiler would store one spread over the shape of all leaves alike.
+    pairs = [jax.lax.optimization_barrier(pair) for pair in zip(leaves, scales, strict=True)]
+    squares = [jnp.sum(jnp.square(leaf.astype(total.dtype) * scale)) for leaf, scale in pairs]
+    return squares, jnp.sum(jnp.stack(squares))
 
 
 @jax.custom_jvp

@@ -17,7 +17,7 @@ import pytest
 import optloss
 
 ROWS, COLUMNS = 1000, 1000
-BRANCH = 8
+BRANCH = 4
 
 
 @jax.custom_vjp
