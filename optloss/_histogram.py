@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from optloss._axes import AxisNames
 from optloss._numerics import compute_dtype
 
 __all__ = ["Histogram", "histogram"]
@@ -50,6 +51,16 @@ def histogram(values: jax.Array) -> Histogram:
         sharded = jax.sharding.auto_axes(_histogram, axes=mesh.explicit_axes, out_sharding=everywhere)
         return Histogram(*sharded(values))
     return Histogram(*_histogram(values))
+
+
+def histogram_of_parts(values: jax.Array, axes: AxisNames) -> Histogram:
+    """The histogram of an array that is cut along axes of a `shard_map`, from its parts."""
+    part = histogram(values)
+    if not axes:
+        return part
+    added = ("num", "sum", "sum_squares", "bucket")
+    totals = dict(zip(added, jax.lax.psum([getattr(part, field) for field in added], axes), strict=True))
+    return part._replace(min=jax.lax.pmin(part.min, axes), max=jax.lax.pmax(part.max, axes), **totals)
 
 
 @jax.jit  # also where the caller has none: one program, and constants on all devices of the mesh

@@ -1,5 +1,6 @@
 """Gradient noise: truncated normal, drawn by (key, step, name of the parameter)."""
 
+import functools
 import hashlib
 from collections.abc import Callable
 from typing import Any, NamedTuple, TypeAlias
@@ -8,8 +9,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.sharding import PartitionSpec
 from jax.typing import ArrayLike
 
+from optloss._axes import axes_along, block_of, check_param_specs, spec_leaves
 from optloss._check import check_arity, check_choice, check_number, shape_of_call
 from optloss._names import parameter_names
 from optloss._numerics import compute_dtype
@@ -37,7 +40,7 @@ class GradientNoiseState(NamedTuple):
 
 
 def add_gradient_noise(
-    scale: NoiseScale, key: ArrayLike, *, generator: str = "mixer"
+    scale: NoiseScale, key: ArrayLike, *, generator: str = "mixer", param_specs: Any = None
 ) -> optax.GradientTransformationExtraArgs:
     """Adds truncated normal noise of constant scale to every gradient.
 
@@ -58,13 +61,16 @@ def add_gradient_noise(
             `global_step` inside `optimize_loss` and the number of the draw elsewhere.
         key: Seed (an integer below 2**64), typed key as `jax.random.key(seed)` makes, or its data (uint32[2]).
         generator: "mixer", or "threefry" for `jax.random.truncated_normal`: more than ten times slower on a CPU.
+        param_specs: Inside `shard_map`, the PartitionSpecs of the leaves, as its `in_specs` have them: a tree, or a
+            prefix of one. A device then draws its own block of the noise of the whole array. None is whole arrays.
 
     Returns:
         A transformation whose state is a `GradientNoiseState`.
 
     Raises:
-        ValueError: `scale` is negative or not finite; `key` is negative or too large; `generator` is unknown.
-        TypeError: `scale` or `key` is none of the above.
+        ValueError: `scale` is negative or not finite; `key` is negative or too large; `generator` is unknown; inside
+            `shard_map`, a leaf is cut along axes that `param_specs` does not name.
+        TypeError: `scale`, `key` or `param_specs` is none of the above.
 
     Example:
         >>> noise = optloss.add_gradient_noise(0.01, key=0)
@@ -82,6 +88,7 @@ def add_gradient_noise(
     """
     check_noise_scale("scale", scale)
     check_key("key", key)
+    check_param_specs(param_specs)
     add_noise = _add_mixed if check_choice("generator", generator, NOISE_GENERATORS) == "mixer" else _add_threefry
 
     def init_fn(params: optax.Params) -> GradientNoiseState:
@@ -102,11 +109,14 @@ def add_gradient_noise(
         step_key = jax.random.fold_in(jax.random.wrap_key_data(state.key, impl="threefry2x32"), state.step)
         words = jax.random.key_data(step_key)
         leaves, treedef = jax.tree.flatten(updates)
+        names = parameter_names(updates)
+        specs = spec_leaves(param_specs, updates) or [PartitionSpec()] * len(leaves)
+        axes_along(names, leaves, specs)  # raises where they do not name all that differ
         noisy = [
-            add_noise(leaf, words, jnp.asarray(_name_words(name)), factor)
+            add_noise(leaf, words, jnp.asarray(_name_words(name)), factor, *_place(leaf, spec))
             if jnp.issubdtype(leaf.dtype, jnp.floating)
             else leaf
-            for leaf, name in zip(leaves, parameter_names(updates), strict=True)
+            for leaf, name, spec in zip(leaves, names, specs, strict=True)
         ]
         return jax.tree.unflatten(treedef, noisy), GradientNoiseState(state.key, optax.safe_increment(state.step))
 
@@ -166,26 +176,40 @@ def _name_words(name: str) -> np.ndarray:
     return np.frombuffer(digest, "<u4").astype(np.uint32)
 
 
-def _add_threefry(leaf: jax.Array, words: jax.Array, name: jax.Array, factor: jax.Array) -> jax.Array:
+_Shape: TypeAlias = tuple[int, ...]
+_Start: TypeAlias = tuple[jax.Array, ...] | None
+
+
+def _place(leaf: jax.Array, spec: PartitionSpec | None) -> tuple[_Shape, _Start]:
+    """The shape of the whole array, and where in it the leaf starts; None where the leaf is the whole."""
+    block = block_of(leaf, spec)
+    return (leaf.shape, None) if block is None else block
+
+
+def _add_threefry(
+    leaf: jax.Array, words: jax.Array, name: jax.Array, factor: jax.Array, shape: _Shape, start: _Start
+) -> jax.Array:
     key = jax.random.wrap_key_data(words, impl="threefry2x32")
     key = jax.random.fold_in(jax.random.fold_in(key, name[0]), name[1])
-    return _add(leaf, factor, jax.random.truncated_normal(key, -2.0, 2.0, leaf.shape, jnp.float32))
-
-
-@jax.jit  # so that leaves of one shape are traced once, and a loop without jit is not slow
-def _add_mixed(leaf: jax.Array, words: jax.Array, name: jax.Array, factor: jax.Array) -> jax.Array:
-    # The name's words are an array that meets the step's before it is taken apart: as scalars they would be folded into
-    # the program, and every leaf would have a kernel of its own to compile.
-    return _add(leaf, factor, _quantile(_mix(*_indices(leaf), _mix_words(words ^ name))))
-
-
-def _add(leaf: jax.Array, factor: jax.Array, noise: jax.Array) -> jax.Array:
+    noise = jax.random.truncated_normal(key, -2.0, 2.0, shape, jnp.float32)
+    noise = noise if start is None else jax.lax.dynamic_slice(noise, start, leaf.shape)
     dtype = compute_dtype(leaf.dtype)
     return (leaf.astype(dtype) + factor.astype(dtype) * noise.astype(dtype)).astype(leaf.dtype)
 
 
-def _indices(leaf: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """The place of each element in row-major order, as low and high word, from iotas of the leaf's own shape.
+@functools.partial(jax.jit, static_argnums=4)  # leaves of one shape are traced once; a loop without jit is not slow
+def _add_mixed(
+    leaf: jax.Array, words: jax.Array, name: jax.Array, factor: jax.Array, shape: _Shape, start: _Start
+) -> jax.Array:
+    # The name's words are an array that meets the step's before it is taken apart: as scalars they would be folded into
+    # the program, and every leaf would have a kernel of its own to compile.
+    noise = _quantile(_mix(*_indices(leaf, shape, start), _mix_words(words ^ name)), factor.astype(jnp.float32))
+    dtype = compute_dtype(leaf.dtype)
+    return (leaf.astype(dtype) + noise.astype(dtype)).astype(leaf.dtype)
+
+
+def _indices(leaf: jax.Array, shape: _Shape, start: _Start) -> tuple[jax.Array, jax.Array]:
+    """The place of each element in the row-major order of the whole, as low and high word, from iotas of its own shape.
 
     So each shard of an array makes its own; an index of the flattened array would be gathered.
     """
@@ -195,12 +219,14 @@ def _indices(leaf: jax.Array) -> tuple[jax.Array, jax.Array]:
     stride, high_stride = 1, 1
     for axis in reversed(range(leaf.ndim)):
         place = jax.lax.broadcasted_iota(jnp.uint32, leaf.shape, axis, **given)
-        if stride * leaf.shape[axis] <= 2**32:
+        if start is not None:
+            place = place + jnp.asarray(start[axis]).astype(jnp.uint32)
+        if stride * shape[axis] <= 2**32:
             low = low + place * np.uint32(stride)
-            stride *= leaf.shape[axis]
+            stride *= shape[axis]
         else:
             high = high + place * np.uint32(high_stride)
-            high_stride *= leaf.shape[axis]
+            high_stride *= shape[axis]
     return low, high
 
 
@@ -225,15 +251,16 @@ def _mix(low: jax.Array, high: jax.Array, words: jax.Array) -> jax.Array:
     return y ^ (y >> 16)
 
 
-def _quantile(bits: jax.Array) -> jax.Array:
-    """The normal quantile cut at two deviations, right to 9e-7, as t * P(y) / Q(y) of the 24 upper bits.
+def _quantile(bits: jax.Array, factor: jax.Array) -> jax.Array:
+    """The normal quantile cut at two deviations, right to 9e-7, times `factor`: t * P(y) / Q(y) of the 24 upper bits.
 
     t is uniform on (-1, 1) and y = 1 / erf(sqrt(2))**2 - t**2, the distance to the quantile's pole: in it both
     polynomials are sums of positive terms. They are a minimax fit to sqrt(2) * erf_inv(erf(sqrt(2)) * t) / t.
     """
     t = ((bits.astype(jnp.int32) >> 8).astype(jnp.float32) + np.float32(0.5)) * np.float32(2.0**-23)
     y = np.float32(1.0976108) - t * t
-    return t * _polynomial(_NUMERATOR, y) / _polynomial(_DENOMINATOR, y)
+    # The division comes last: a last product would round with the sum that it goes into in some kernels, not in others.
+    return factor * t * _polynomial(_NUMERATOR, y) / _polynomial(_DENOMINATOR, y)
 
 
 _NUMERATOR = (17.804534, 37.97655, 10.298874, 0.3358074)

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike
 
+from optloss._axes import AxisNames, check_axis_name, mean_of_losses, mean_over, vary, varying_axes
 from optloss._check import describe
 from optloss._clipping import ClipGradients
 from optloss._learning_rate import DecayFunction
@@ -17,6 +18,7 @@ from optloss._noise import NoiseScale
 from optloss._pipeline import (
     OptState,
     Pipeline,
+    axes_of_params,
     build_pipeline,
     check_flag,
     dry_run,
@@ -66,7 +68,7 @@ class _Settings(NamedTuple):
     loss: Callable[..., Any]
     update_ops: tuple[UpdateOp, ...] | None
     has_aux: bool
-    axis_name: Any
+    axes: AxisNames  # of `axis_name`
     shardings: tuple[Any, ...] | None = None  # of all parameters, where gradients are held to them
 
 
@@ -91,6 +93,8 @@ def optimize_loss(
     nonfinite: str = "skip",
     key: ArrayLike | None = None,
     noise_generator: str = "mixer",
+    param_specs: Any = None,
+    reproducible: bool = False,
 ) -> TrainOp:
     """Makes the training update of a loss, whole: one pure, jitted function.
 
@@ -124,13 +128,17 @@ def optimize_loss(
             known of explicit meshes alone.
         increment_global_step: Whether this op adds 1 to the step.
         has_aux: Whether the loss returns something besides, which comes out as `output.aux`.
-        axis_name: Name of the axis of a `pmap`, `vmap` or `shard_map` over which gradients, loss, model state and the
-            scalars of aux are averaged.
+        axis_name: Name of the axis, or names of the axes, of a `pmap`, `vmap` or `shard_map` over which gradients,
+            loss, model state and the scalars of aux are averaged.
         nonfinite: "skip": a step whose loss, gradient norm, update or new state is not finite changes nothing but the
             count of such steps; "apply": it is applied, as in the original. The six optimizers but Ftrl tell by bounds,
             before they write: a clipped norm above 1e15 (SGD: an update above 1e30) is too near to overflow for them.
         key: Default for the `key` of `init`, and the seed of `transformation`.
         noise_generator: "mixer", or "threefry" for `jax.random`'s own, which is slower. See `add_gradient_noise`.
+        param_specs: Inside `shard_map`, the PartitionSpecs of the parameters, as its `in_specs` have them: a tree, or
+            a prefix of one; None is whole parameters. Outside of it arrays are whole, and it says nothing.
+        reproducible: Whether equal gradients give the same bits however the arrays lie on devices: norms are then
+            accumulated in float64. Else norms may differ by 3 ulp. See `global_norm`.
 
     Returns:
         A `TrainOp` of `init`, `update` and `transformation`.
@@ -174,6 +182,8 @@ def optimize_loss(
         nonfinite,
         key,
         noise_generator,
+        param_specs,
+        reproducible,
     )
 
     def init(params: Any, *args: Any, key: ArrayLike | None = None, model_state: Any = None) -> TrainState:
@@ -209,7 +219,7 @@ def _check_settings(
         for op in update_ops:
             if not callable(op):
                 raise TypeError(f"update_ops: got {op!r} among them; functions of the model state would do.")
-    return _Settings(loss, None if update_ops is None else tuple(update_ops), has_aux, axis_name)
+    return _Settings(loss, None if update_ops is None else tuple(update_ops), has_aux, check_axis_name(axis_name))
 
 
 def _initial_state(
@@ -244,7 +254,7 @@ def _check_state(pipeline: Pipeline, settings: _Settings, state: TrainState, arg
         zero = jnp.zeros((), jnp.float32)
         jax.eval_shape(lambda: dry_run(pipeline, state.params, opt_state, state.global_step, zero))
         return
-    alone = settings._replace(axis_name=None)  # there need be no axis here
+    alone = settings._replace(axes=())  # there need be no axis here
     jax.eval_shape(lambda state, args: _step(pipeline, alone, state, args, {}), state, args)
     selected = select_parameters(pipeline.variables, state.params)
     value = _loss_of_trained(alone, state.params, selected, state.model_state, args, {})
@@ -276,9 +286,14 @@ def _step(
     for op in settings.update_ops or ():
         model_state = keep_types("update_ops", op(model_state, *args, **kwargs), state.model_state)
     value = _loss_of_trained(settings, state.params, selected, model_state, args, kwargs)
-    (loss, (model_state, aux)), gradients = jax.value_and_grad(value, has_aux=True)(trained)
-    loss, gradients, model_state = _mean((loss, gradients, model_state), settings.axis_name)
-    aux = _mean(aux, settings.axis_name, scalars_only=True)
+    along = axes_of_params(pipeline, trained)
+    # Each device by itself: where types tell what differs, gradients of what does not would come added up.
+    own = vary(trained, settings.axes)
+    (loss, (model_state, aux)), gradients = jax.value_and_grad(value, has_aux=True)(own)
+    gradients = mean_of_losses(gradients, along, settings.axes)
+    loss, model_state = mean_over((loss, model_state), settings.axes)
+    aux = mean_over(aux, settings.axes, scalars_only=True)
+    _check_axes_of_loss(loss)
     if settings.shardings is not None:
         kept = [sharding for sharding, chosen in zip(settings.shardings, selected, strict=True) if chosen]
         gradients = colocate(gradients, kept)
@@ -293,7 +308,7 @@ def _step(
         finite,
         value=loss,
         grad=gradients,
-        value_fn=lambda trained: _mean(value(trained)[0], settings.axis_name),
+        value_fn=lambda trained: mean_over(value(trained)[0], settings.axes),
     )
     step = next_step(state.global_step, pipeline)
     if pipeline.skips_nonfinite:
@@ -391,18 +406,13 @@ def _check_loss(settings: _Settings, loss: Any) -> None:
         )
 
 
+def _check_axes_of_loss(loss: jax.Array) -> None:
+    """Raises a ValueError where the loss, after its mean, differs from device to device."""
+    axes = ", ".join(repr(axis) for axis in sorted(varying_axes(loss), key=str))
+    if axes:
+        raise ValueError(f"axis_name: the loss differs along {axes}; axis_name={axes}, for its mean, would do.")
+
+
 def _brief(tree: Any) -> str:
     """A tree with the type of each array in its place."""
     return str(jax.tree.map(lambda leaf: jax.typeof(leaf) if hasattr(leaf, "dtype") else leaf, tree))
-
-
-def _mean(tree: Any, axis_name: Any, *, scalars_only: bool = False) -> Any:
-    """The mean over an axis of the real leaves of a tree; the same tree where there is no axis."""
-    if axis_name is None:
-        return tree
-
-    def mean(leaf: Any) -> Any:
-        is_real = hasattr(leaf, "dtype") and jnp.issubdtype(leaf.dtype, jnp.inexact)
-        return jax.lax.pmean(leaf, axis_name) if is_real and not (scalars_only and leaf.shape) else leaf
-
-    return jax.tree.map(mean, tree)

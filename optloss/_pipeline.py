@@ -1,5 +1,6 @@
 """The pipeline of a step: noise, multipliers, clip, optimizer and their figures, built once for both faces."""
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -9,13 +10,14 @@ import numpy as np
 import optax
 from jax.typing import ArrayLike
 
+from optloss._axes import AxisNames, all_along, axes_along, check_param_specs, spec_leaves, varying_axes
 from optloss._check import check_choice
 from optloss._clipping import AdaptiveClippingState, ClipByFactor, ClipGradients, clip_stage
 from optloss._learning_rate import DecayFunction, check_decay, check_learning_rate, decayed_rate
 from optloss._multipliers import Multiplier, MultiplyByFactors, multiply_gradients
 from optloss._names import Variables, check_variables, parameter_names, select_parameters
 from optloss._noise import NOISE_GENERATORS, NoiseScale, add_gradient_noise, check_key, check_noise_scale, scoped_key
-from optloss._numerics import compute_dtype, leaf_norms, scale_tree
+from optloss._numerics import compute_dtype, leaf_norms, round_apart, scale_tree
 from optloss._optimizer_forms import OptimizerFunction, optimizer_function
 from optloss._rule import GuardedOptimizer
 from optloss._summaries import StepFigures, Summaries, check_summaries, summarize
@@ -71,6 +73,8 @@ class Pipeline(NamedTuple):
     increment_global_step: bool
     skips_nonfinite: bool
     key: ArrayLike | None
+    param_specs: Any
+    reproducible: bool
 
 
 def build_pipeline(
@@ -88,6 +92,8 @@ def build_pipeline(
     nonfinite: str,
     key: ArrayLike | None,
     noise_generator: str,
+    param_specs: Any,
+    reproducible: bool,
 ) -> Pipeline:
     """Checks every setting and builds the stages of the step. Makes no array."""
     rate = None if learning_rate is None else check_learning_rate("learning_rate", learning_rate)
@@ -97,6 +103,7 @@ def build_pipeline(
         raise ValueError("global_step: global_step is required for learning_rate_decay_fn; an integer would do.")
     check_decay("learning_rate_decay_fn", learning_rate_decay_fn)
     check_variables(variables)
+    check_param_specs(param_specs)
     if key is not None:
         check_key("key", key)
     multiply = optax.identity() if gradient_multipliers is None else multiply_gradients(gradient_multipliers)
@@ -104,7 +111,7 @@ def build_pipeline(
         name=_check_name(name),
         global_step=_check_global_step(global_step),
         learning_rate=rate,
-        noise=_noise_stage(gradient_noise_scale, noise_generator),
+        noise=_noise_stage(gradient_noise_scale, noise_generator, param_specs),
         multiply=optax.with_extra_args_support(multiply),
         clip=clip_stage(clip_gradients),
         learning_rate_decay_fn=learning_rate_decay_fn,
@@ -114,6 +121,8 @@ def build_pipeline(
         increment_global_step=check_flag("increment_global_step", increment_global_step),
         skips_nonfinite=check_choice("nonfinite", nonfinite, ("skip", "apply")) == "skip",
         key=key,
+        param_specs=param_specs,
+        reproducible=check_flag("reproducible", reproducible),
     )
 
 
@@ -159,6 +168,8 @@ def run_stages(
 
     `finite` says whether all else that the caller is about to change stays finite.
     """
+    along = axes_of_params(pipeline, params)
+    _check_axes("updates: the gradient of", gradients, along)
     stage_args = extra_args if global_step is None else {**extra_args, "global_step": global_step}
     noisy, noise = gradients, state.noise
     if pipeline.noise is not None:
@@ -171,8 +182,13 @@ def run_stages(
     factors = None
     if isinstance(pipeline.multiply, MultiplyByFactors):
         factors = pipeline.multiply.factors(noisy, state.multipliers, global_step)
-    clipped = _clip(pipeline.clip, noisy, factors, multiply, state.clip, params, stage_args)
+    norms = functools.partial(leaf_norms, along=along, exact=pipeline.reproducible)
+    clipped = _clip(pipeline.clip, norms, noisy, factors, multiply, state.clip, params, stage_args)
+    _check_axes("clip_gradients: the clipped gradient of", clipped.gradients, along)
     clip = keep_types("clip_gradients", clipped.state, state.clip)
+    if pipeline.reproducible:
+        rescale = clipped.rescale
+        clipped = clipped._replace(rescale=lambda gradients: round_apart(rescale(gradients), state.nonfinite_steps))
     rate = state.learning_rate
     if rate is not None:
         rate = decayed_rate(rate, global_step, pipeline.learning_rate_decay_fn)
@@ -180,11 +196,12 @@ def run_stages(
     finite = still_finite(finite, (noise, multipliers, clip), (state.noise, state.multipliers, state.clip))
     optimizer = pipeline.optimizer(rate)
     if isinstance(optimizer, GuardedOptimizer) and _is_wide((gradients, params)):
+        finite = all_along(finite, ())
         updates, optimizer_state, finite = _guarded_update(pipeline, optimizer, clipped, state, params, finite)
     else:
         # Without the step: a line search refuses arguments that it does not know.
         updates, optimizer_state, finite = _update_and_look(
-            pipeline, optimizer, clipped, state, params, finite, extra_args
+            pipeline, optimizer, clipped, state, params, finite, along, extra_args
         )
     count = state.nonfinite_steps + (~finite).astype(jnp.int32)
     if pipeline.skips_nonfinite:
@@ -195,6 +212,7 @@ def run_stages(
         learning_rate=None if pipeline.learning_rate_decay_fn is None else rate,
         names=parameter_names(gradients),
         gradients=jax.tree.leaves(clipped.rescale(clipped.gradients)),
+        along=along,
         gradient_norms=clipped.leaves,
         norm=clipped.before,
         clipped_norm=clipped.after,
@@ -216,8 +234,25 @@ class _Clipped(NamedTuple):
     leaves: list[jax.Array]  # norm of each clipped gradient
 
 
+def axes_of_params(pipeline: Pipeline, params: optax.Params) -> list[AxisNames]:
+    """The axes of a `shard_map` along which each of the trained parameters is cut."""
+    return axes_along(parameter_names(params), jax.tree.leaves(params), spec_leaves(pipeline.param_specs, params))
+
+
+def _check_axes(what: str, gradients: optax.Updates, along: list[AxisNames]) -> None:
+    """Raises a ValueError where a gradient differs along axes along which its parameter is the same."""
+    for name, leaf, own in zip(parameter_names(gradients), jax.tree.leaves(gradients), along, strict=True):
+        others = sorted(varying_axes(leaf) - set(own), key=str)
+        if others:
+            raise ValueError(
+                f"{what} {name!r} differs along {', '.join(map(repr, others))}, its parameter does not; its mean or "
+                "sum over that would do: axis_name=... for optimize_loss."
+            )
+
+
 def _clip(
     clip: optax.GradientTransformationExtraArgs | None,
+    norms: Callable[..., tuple[list[jax.Array], jax.Array]],
     gradients: optax.Updates,
     factors: list[jax.Array | None] | None,
     multiply: Callable[[optax.Updates], optax.Updates],
@@ -226,7 +261,7 @@ def _clip(
     extra_args: dict[str, Any],
 ) -> _Clipped:
     """Clips, and gives the norms: after a clip by a factor they come from the factor, without a second pass."""
-    leaves, norm = leaf_norms(gradients, factors)
+    leaves, norm = norms(gradients, factors)
     if clip is None:
         return _Clipped(gradients, multiply, state, norm, None, leaves)
     if isinstance(clip, ClipByFactor):
@@ -237,7 +272,7 @@ def _clip(
 
         return _Clipped(gradients, rescale, state, norm, norm * factor, [leaf * factor for leaf in leaves])
     gradients, state = clip.update(multiply(gradients), state, params, **extra_args)
-    clipped_leaves, clipped_norm = leaf_norms(gradients)
+    clipped_leaves, clipped_norm = norms(gradients)
     return _Clipped(gradients, lambda gradients: gradients, state, norm, clipped_norm, clipped_leaves)
 
 
@@ -269,6 +304,7 @@ def _update_and_look(
     state: OptState,
     params: optax.Params,
     finite: jax.Array,
+    along: list[AxisNames],
     extra_args: dict[str, Any],
 ) -> tuple[optax.Updates, optax.OptState, jax.Array]:
     """For any optimizer: makes the new state beside the old one, looks at it, and keeps one of them."""
@@ -278,6 +314,7 @@ def _update_and_look(
     new = keep_types("optimizer", new, state.optimizer)
     applied = optax.apply_updates(params, updates)
     finite = still_finite(finite, (updates, applied, new), (gradients, params, state.optimizer))
+    finite = all_along(finite, along)
     if pipeline.skips_nonfinite:
         # Not 0.0: adding that would make 0.0 of -0.0.
         nothing = jax.tree.map(lambda leaf: jnp.full_like(leaf, -0.0), updates)
@@ -300,13 +337,13 @@ def dry_run(
 
 
 def _noise_stage(
-    scale: NoiseScale | None, generator: str
+    scale: NoiseScale | None, generator: str, param_specs: Any
 ) -> Callable[[ArrayLike], optax.GradientTransformationExtraArgs] | None:
     check_choice("noise_generator", generator, NOISE_GENERATORS)
     if scale is None or (isinstance(scale, int | float) and not isinstance(scale, bool) and scale == 0):
         return None
     check_noise_scale("gradient_noise_scale", scale)
-    return lambda key: add_gradient_noise(scale, key, generator=generator)
+    return lambda key: add_gradient_noise(scale, key, generator=generator, param_specs=param_specs)
 
 
 def _check_name(name: str | None) -> str:

@@ -6,8 +6,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from optloss._axes import AxisNames
 from optloss._check import check_choice
-from optloss._histogram import Histogram, histogram
+from optloss._histogram import Histogram, histogram_of_parts
 
 __all__ = ["OPTIMIZER_SUMMARIES", "StepFigures", "Summaries", "check_summaries", "summarize"]
 
@@ -34,6 +35,7 @@ class StepFigures(NamedTuple):
     learning_rate: jax.Array | None  # after its decay; None without a decay
     names: list[str]
     gradients: list[jax.Array]  # clipped
+    along: list[AxisNames]  # the axes along which each is cut
     gradient_norms: list[jax.Array]  # of the clipped gradients
     norm: jax.Array  # before clipping
     clipped_norm: jax.Array | None  # None without clipping
@@ -70,8 +72,8 @@ def summarize(asked: tuple[str, ...], scope: str, figures: StepFigures) -> Summa
         for name, norm in zip(figures.names, figures.gradient_norms, strict=True):
             tags[f"gradient_norm/{name}"] = norm
     if "gradients" in asked:
-        for name, gradient in zip(figures.names, figures.gradients, strict=True):
-            tags[f"gradients/{name}"] = histogram(gradient)
+        for name, gradient, axes in zip(figures.names, figures.gradients, figures.along, strict=True):
+            tags[f"gradients/{name}"] = histogram_of_parts(gradient, axes)
     return {
         f"{scope}/{tag}": value if isinstance(value, Histogram) else jnp.asarray(value).astype(jnp.float32)
         for tag, value in tags.items()

@@ -56,6 +56,8 @@ def transformation(
     nonfinite: str = "skip",
     key: ArrayLike | None = None,
     noise_generator: str = "mixer",
+    param_specs: Any = None,
+    reproducible: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
     """Makes the pipeline of `optimize_loss` as one Optax transformation, for loops that have gradients already.
 
@@ -76,6 +78,8 @@ def transformation(
         nonfinite: As there; of the loss, what is given as `value` is looked at.
         key: Seed of the noise.
         noise_generator: As there.
+        param_specs: As there.
+        reproducible: As there.
 
     Returns:
         A transformation whose state is a `TransformationState`. Its `update` needs the parameters.
@@ -112,6 +116,8 @@ def transformation(
         nonfinite,
         key,
         noise_generator,
+        param_specs,
+        reproducible,
     )
     return as_transformation(pipeline, colocate_gradients=colocate_gradients_with_ops)
 

@@ -7,6 +7,8 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
+from optloss._axes import vary, varying_axes
+
 __all__ = [
     "choose",
     "colocate",
@@ -71,13 +73,13 @@ def still_finite(finite: jax.Array, new: Any, old: Any) -> jax.Array:
     pairs = zip(jax.tree.leaves(new), jax.tree.leaves(old), strict=True)
     changed = [(a, b) for a, b in pairs if a is not b and is_inexact(a)]
     # A branch: as plain operations the flags of all leaves would be fused into every use, and compiling takes n**2.
-    still: jax.Array = jax.lax.cond(finite, _all_still_finite, lambda pairs: jnp.zeros((), bool), changed)
+    finite = vary(finite, sorted({axis for a, _ in changed for axis in varying_axes(a)}, key=str))
+    still: jax.Array = jax.lax.cond(finite, _all_still_finite, lambda finite, pairs: finite, finite, changed)
     return still
 
 
-def _all_still_finite(pairs: list[tuple[jax.Array, jax.Array]]) -> jax.Array:
-    finite = [jnp.all(jnp.isfinite(a) | ~jnp.isfinite(b)) for a, b in pairs]
-    return jnp.all(jnp.stack(finite)) if finite else jnp.ones((), bool)
+def _all_still_finite(finite: jax.Array, pairs: list[tuple[jax.Array, jax.Array]]) -> jax.Array:
+    return jnp.all(jnp.stack([finite, *(jnp.all(jnp.isfinite(a) | ~jnp.isfinite(b)) for a, b in pairs)]))
 
 
 def is_inexact(leaf: jax.Array) -> bool:

@@ -139,10 +139,11 @@ def test_optimize_loss_adds_the_noise_that_the_stage_draws() -> None:
 
 def test_each_element_of_an_array_beyond_32_bits_has_an_index_of_its_own() -> None:
     """Row-major, in two words; the compiler works out the elements that are asked for alone."""
+    shape = (3, 2**17, 2**15)
 
     @jax.jit
     def indices(leaf_at: tuple[jax.Array, ...]) -> list[jax.Array]:
-        return [word[leaf_at] for word in _indices(jnp.zeros((3, 2**17, 2**15)))]
+        return [word[leaf_at] for word in _indices(jnp.zeros(shape), shape, None)]
 
     for at, expected in {(0, 0, 5): (5, 0), (0, 1, 0): (2**15, 0), (2, 2**17 - 1, 2**15 - 1): (2**32 - 1, 2)}.items():
         assert tuple(int(word) for word in indices(tuple(map(jnp.int32, at)))) == expected
@@ -162,7 +163,7 @@ def test_both_generators_draw_the_same_distribution_and_other_numbers() -> None:
 def test_the_quantile_is_right_to_a_millionth() -> None:
     """Every number that can be drawn, against the normal distribution function from the standard library's erfc."""
     bits = jnp.arange(0, 2**32, 2**16, dtype=jnp.uint32) | jnp.uint32(0x8000)
-    drawn = np.asarray(_quantile(bits), np.float64)
+    drawn = np.asarray(_quantile(bits, jnp.float32(1.0)), np.float64)
     t = ((np.asarray(bits).astype(np.int32) >> 8) + 0.5) / 2**23
     inside = NormalDist().cdf(2.0) - NormalDist().cdf(-2.0)
     expected = np.array([NormalDist().inv_cdf(0.5 + inside * u / 2) for u in t])
