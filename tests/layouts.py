@@ -124,10 +124,12 @@ def train_in_shard_map(kind: str, devices: int, axis_type: AxisType, settings: d
     return state
 
 
-def sharded_update(update: Callable[..., Any], state: Any, mesh: jax.sharding.Mesh, rows: P) -> Callable[..., Any]:
+def sharded_update(
+    update: Callable[..., Any], state: Any, mesh: jax.sharding.Mesh, rows: P, check_vma: bool = True
+) -> Any:
     """An update inside `shard_map`, with the state's own shardings and a batch cut along `rows`."""
     specs = jax.tree.map(lambda leaf: leaf.sharding.spec, state)
-    inside = jax.shard_map(update, mesh=mesh, in_specs=(specs, rows), out_specs=(specs, P()))
+    inside = jax.shard_map(update, mesh=mesh, in_specs=(specs, rows), out_specs=(specs, P()), check_vma=check_vma)
     return jax.jit(inside, donate_argnums=0)
 
 
