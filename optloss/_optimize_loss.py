@@ -20,6 +20,7 @@ from optloss._pipeline import (
     Pipeline,
     axes_of_params,
     build_pipeline,
+    check_agreement,
     check_flag,
     dry_run,
     init_stages,
@@ -244,6 +245,8 @@ def _initial_state(
     if settings.update_ops and state.model_state is None:
         raise ValueError("update_ops: there is no model state for them; init(params, model_state=...) would do.")
     opt_state = unshared(init_stages(pipeline, state.params, key), state)
+    # Before processes put anything on devices of all of them.
+    check_agreement(pipeline, state.params, opt_state, state.global_step, key, state.model_state)
     return spread_over_mesh(state._replace(opt_states={**state.opt_states, pipeline.name: opt_state}))
 
 
@@ -252,7 +255,7 @@ def _check_state(pipeline: Pipeline, settings: _Settings, state: TrainState, arg
     if not args:
         opt_state = state.opt_states[pipeline.name]
         zero = jnp.zeros((), jnp.float32)
-        jax.eval_shape(lambda: dry_run(pipeline, state.params, opt_state, state.global_step, zero))
+        jax.eval_shape(lambda: dry_run(pipeline, state.params, opt_state, state.global_step, zero).summaries)
         return
     alone = settings._replace(axes=())  # there need be no axis here
     jax.eval_shape(lambda state, args: _step(pipeline, alone, state, args, {}), state, args)

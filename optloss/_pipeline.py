@@ -19,6 +19,7 @@ from optloss._names import Variables, check_variables, parameter_names, select_p
 from optloss._noise import NOISE_GENERATORS, NoiseScale, add_gradient_noise, check_key, check_noise_scale, scoped_key
 from optloss._numerics import compute_dtype, leaf_norms, round_apart, scale_tree
 from optloss._optimizer_forms import OptimizerFunction, optimizer_function
+from optloss._processes import check_processes_agree, digest, fact_of_setting, facts_of_arrays, versions
 from optloss._rule import GuardedOptimizer
 from optloss._summaries import StepFigures, Summaries, check_summaries, summarize
 from optloss._trees import choose, is_inexact, keep, keep_types, still_finite, strong_array
@@ -27,7 +28,9 @@ __all__ = [
     "OptState",
     "Pipeline",
     "StepResult",
+    "axes_of_params",
     "build_pipeline",
+    "check_agreement",
     "check_flag",
     "dry_run",
     "init_stages",
@@ -75,6 +78,7 @@ class Pipeline(NamedTuple):
     key: ArrayLike | None
     param_specs: Any
     reproducible: bool
+    settings: dict[str, Any]  # as they were given
 
 
 def build_pipeline(
@@ -96,6 +100,7 @@ def build_pipeline(
     reproducible: bool,
 ) -> Pipeline:
     """Checks every setting and builds the stages of the step. Makes no array."""
+    settings = dict(locals())
     rate = None if learning_rate is None else check_learning_rate("learning_rate", learning_rate)
     if rate is None:
         learning_rate_decay_fn = None  # as in TF1, where it is not called without a rate
@@ -123,6 +128,7 @@ def build_pipeline(
         key=key,
         param_specs=param_specs,
         reproducible=check_flag("reproducible", reproducible),
+        settings=settings,
     )
 
 
@@ -328,12 +334,39 @@ def dry_run(
     state: OptState,
     global_step: jax.Array | None,
     loss: jax.Array | None,
-) -> Summaries:
+) -> StepResult:
     """Runs the stages on stand-ins, for the shapes of what they give and the errors of what they meet."""
     trained = keep(params, select_parameters(pipeline.variables, params))
     zero = jnp.zeros((), jnp.float32)
     extra = {"value": zero, "grad": trained, "value_fn": lambda params: zero}
-    return run_stages(pipeline, trained, state, trained, global_step, loss, jnp.ones((), bool), **extra).summaries
+    return run_stages(pipeline, trained, state, trained, global_step, loss, jnp.ones((), bool), **extra)
+
+
+def check_agreement(
+    pipeline: Pipeline,
+    params: optax.Params,
+    state: OptState,
+    global_step: jax.Array | None,
+    key: ArrayLike | None,
+    model_state: Any = None,
+) -> None:
+    """Raises a ValueError where processes are about to train something else each: see `_processes`."""
+    arrays = (params, state, global_step, model_state)
+    if jax.process_count() == 1 or any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(arrays)):
+        return
+    shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), (params, state, global_step))
+    zero = jax.ShapeDtypeStruct((), jnp.float32)
+    program = jax.jit(lambda params, state, step, loss: tuple(dry_run(pipeline, params, state, step, loss)))
+    check_processes_agree(
+        {
+            "versions": versions(),
+            **{argument: fact_of_setting(value) for argument, value in pipeline.settings.items()},
+            "key of init": fact_of_setting(key),
+            **facts_of_arrays("params", params),
+            **facts_of_arrays("model_state", model_state),
+            "what functions among the settings do": digest(program.lower(*shapes, zero).as_text().encode()),
+        }
+    )
 
 
 def _noise_stage(

@@ -17,6 +17,7 @@ from optloss._pipeline import (
     OptState,
     Pipeline,
     build_pipeline,
+    check_agreement,
     check_flag,
     dry_run,
     init_stages,
@@ -130,7 +131,8 @@ def as_transformation(pipeline: Pipeline, *, colocate_gradients: bool) -> optax.
     def init_fn(params: optax.Params) -> TransformationState:
         step = initial_step(pipeline.global_step)
         opt_state = init_stages(pipeline, params, None)
-        summaries = jax.eval_shape(lambda: dry_run(pipeline, params, opt_state, step, None))
+        summaries = jax.eval_shape(lambda: dry_run(pipeline, params, opt_state, step, None).summaries)
+        check_agreement(pipeline, params, opt_state, step, None)
         return TransformationState(step, opt_state, jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), summaries))
 
     def update_fn(

@@ -14,7 +14,7 @@ PACKAGE = Path(optloss.__file__).parent
 ROWS = [
     ["_axes", "_check"],
     ["_names", "_numerics", "_trees"],
-    ["_rule", "_histogram"],
+    ["_rule", "_histogram", "_processes"],
     ["_noise", "_multipliers", "_clipping", "_decay", "_learning_rate", "_optimizers", "_ftrl", "_summaries"],
     ["_decay_cosine", "_optimizer_forms"],
     ["_pipeline"],
