@@ -178,6 +178,21 @@ def test_a_bad_number_on_one_device_is_skipped_on_all(optimizer: str) -> None:
             assert np.asarray(a).tobytes() == b.tobytes()
 
 
+def test_replicas_of_pmap_stay_equal_when_one_has_a_bad_batch() -> None:
+    train = optloss.optimize_loss(loss, 0, 0.01, "Adam", **SETTINGS, axis_name="x")
+    state = train.init(draw(2), key=0)
+    replicas = jax.tree.map(lambda leaf: jnp.stack([leaf] * 8), state)
+    update = jax.pmap(train.update, axis_name="x")
+    for step, x in enumerate(BATCHES):
+        x = x.reshape(8, 2, 16).copy()
+        x[3, 1, 5] = np.inf if step == 1 else x[3, 1, 5]
+        replicas, _ = update(replicas, x)
+    np.testing.assert_array_equal(replicas.opt_states["OptimizeLoss"].nonfinite_steps, [1] * 8)
+    np.testing.assert_array_equal(replicas.global_step, [len(BATCHES) - 1] * 8)
+    for leaf in jax.tree.leaves(replicas):
+        assert {np.asarray(leaf[device]).tobytes() for device in range(8)} == {np.asarray(leaf[0]).tobytes()}
+
+
 def test_an_overflow_in_one_device_s_slot_is_skipped_on_all() -> None:
     """Ftrl is looked at after its step: here the square of one gradient, of a row that one device has alone."""
     mesh = mesh_for("rows")
