@@ -30,7 +30,8 @@ def layout(kind: str, devices: int) -> Layout:
     columns = {"w": P(None, "x"), "deep": {"e": P(None, None, "x"), "b": P()}, "s": P()}
     grid = {"w": P("x", "y"), "deep": {"e": P("y", None, "x"), "b": P(("x", "y"))}, "s": P()}
     specs = {"replicated": everywhere, "data": everywhere, "rows": rows, "columns": columns, "grid": grid}[kind]
-    return Layout((devices // 2, 2) if kind == "grid" else (devices,), specs)
+    grid_shape = (devices // 2, 2) if devices > 1 else (1, 1)
+    return Layout(grid_shape if kind == "grid" else (devices,), specs)
 
 
 def parameters() -> Any:

@@ -55,6 +55,29 @@ def test_global_norm_of_float64_keeps_its_digits() -> None:
         assert float(norm) == pytest.approx(np.sqrt(1 + 1e-14), rel=1e-15)
 
 
+@pytest.mark.parametrize("magnitude", [1e-35, 1e-30, 1e-19, 1.0, 1e18, 1e30, 1e36])
+def test_an_exact_norm_is_the_nearest_float32(magnitude: float) -> None:
+    rng = np.random.default_rng(1)
+    tree = {"a": np.float32(magnitude) * rng.standard_normal(999, np.float32), "b": np.float32(magnitude) * np.ones(7)}
+    tree = {name: leaf.astype(np.float32) for name, leaf in tree.items()}
+    expected = np.float32(np.sqrt(sum(np.sum(np.square(leaf.astype(np.float64))) for leaf in tree.values())))
+    got = jax.jit(lambda tree: optloss.global_norm(tree, exact=True))(tree)
+    assert got.dtype == np.float32
+    np.testing.assert_array_equal(got, expected)
+
+
+@pytest.mark.parametrize(("value", "norm"), [(np.nan, np.nan), (np.inf, np.inf), (0.0, 0.0), (3e38, np.inf)])
+def test_an_exact_norm_of_what_has_none(value: float, norm: float) -> None:
+    np.testing.assert_array_equal(optloss.global_norm({"w": jnp.full(2, value), "b": jnp.zeros(2)}, exact=True), norm)
+
+
+def test_an_exact_norm_has_a_gradient_and_takes_a_batch() -> None:
+    """x / norm, and 0 where that is 0 / 0."""
+    x = jnp.asarray([[3.0, 4.0], [0.0, 0.0], [1e-25, 0.0]])
+    gradient = jax.jit(jax.vmap(jax.grad(lambda row: optloss.global_norm({"w": row}, exact=True))))(x)
+    np.testing.assert_allclose(gradient, [[0.6, 0.8], [0.0, 0.0], [1.0, 0.0]], rtol=1e-6)
+
+
 def test_global_norm_of_an_empty_tree_is_zero() -> None:
     assert float(optloss.global_norm({})) == 0.0
 
