@@ -337,6 +337,10 @@ def _jit_colocated(pipeline: Pipeline, settings: _Settings) -> Callable[..., tup
         result: tuple[TrainState, TrainOutput] = jitted(shardings_of(state.params), state, args, kwargs)
         return result
 
+    def lower(state: TrainState, *args: Any, **kwargs: Any) -> Any:
+        return jitted.lower(shardings_of(state.params), state, args, kwargs)
+
+    update.lower = lower  # type: ignore[attr-defined]  # as jit's own have it
     return update
 
 

@@ -49,10 +49,23 @@ def shardings_of(params: Any) -> tuple[jax.sharding.Sharding | None, ...]:
 
     def sharding_of(leaf: Any) -> jax.sharding.Sharding | None:
         sharding = None if isinstance(leaf, jax.core.Tracer) else getattr(leaf, "sharding", None)
-        is_known = isinstance(sharding, jax.sharding.NamedSharding) and not sharding.mesh.explicit_axes
-        return sharding if is_known else None
+        if not isinstance(sharding, jax.sharding.NamedSharding) or sharding.mesh.explicit_axes:
+            return None
+        return jax.sharding.NamedSharding(sharding.mesh, _shortest(sharding), memory_kind=sharding.memory_kind)
 
     return tuple(sharding_of(leaf) for leaf in jax.tree.leaves(params))
+
+
+def _shortest(sharding: jax.sharding.NamedSharding) -> jax.sharding.PartitionSpec:
+    """The spec as programs give it back; another spelling of it would be compiled for once more."""
+    entries: list[Any] = []
+    for entry in sharding.spec:
+        axes = entry if isinstance(entry, tuple) else () if entry is None else (entry,)
+        axes = tuple(axis for axis in axes if sharding.mesh.shape[axis] > 1)
+        entries.append(None if not axes else axes[0] if len(axes) == 1 else axes)
+    while entries and entries[-1] is None:
+        entries.pop()
+    return jax.sharding.PartitionSpec(*entries)
 
 
 def colocate(gradients: Any, shardings: Sequence[jax.sharding.Sharding | None]) -> Any:

@@ -72,7 +72,7 @@ def test_an_exact_norm_of_what_has_none(value: float, norm: float) -> None:
 
 
 def test_an_exact_norm_has_a_gradient_and_takes_a_batch() -> None:
-    """x / norm, and 0 where that is 0 / 0."""
+    """It is x / norm, and 0 where that is 0 / 0."""
     x = jnp.asarray([[3.0, 4.0], [0.0, 0.0], [1e-25, 0.0]])
     gradient = jax.jit(jax.vmap(jax.grad(lambda row: optloss.global_norm({"w": row}, exact=True))))(x)
     np.testing.assert_allclose(gradient, [[0.6, 0.8], [0.0, 0.0], [1.0, 0.0]], rtol=1e-6)

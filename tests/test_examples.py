@@ -12,7 +12,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 # Each pays an import and a compilation in a process of its own.
 pytestmark = pytest.mark.slow
 
-DIGITS = Path(__file__).parents[1] / "examples" / "digits.py"
+EXAMPLES = Path(__file__).parents[1] / "examples"
+DIGITS = EXAMPLES / "digits.py"
 STEPS = 42  # of an epoch: three quarters of 1,797 images are 1,347, of which 42 whole batches of 32 are taken
 LAST_LINE = r"test accuracy (\d+\.\d) % after (\d+) steps in (\d+\.\d) s \(log and picture: (.+)\)"
 
@@ -76,3 +77,41 @@ def test_digits_logs_every_summary_of_every_step(short_run: tuple[Path, re.Match
 def test_digits_reads_at_least_98_of_100_test_digits_right(tmp_path: Path) -> None:
     """As the docstring has it run, but for the folder; twelve seeds read from 98.9 to 99.8 %."""
     assert float(run_digits(tmp_path / "digits")[1]) >= 98
+
+
+def output_of(example: str, *options: str) -> list[str]:
+    """The lines that an example prints, without what libraries in it print."""
+    command = [sys.executable, "-W", "error", str(EXAMPLES / example), *options]
+    done = subprocess.run(command, cwd=EXAMPLES.parent, capture_output=True, text=True, check=False, timeout=240)
+    assert done.returncode == 0, done.stderr
+    return [line for line in done.stdout.splitlines() if not line.startswith("[Gloo]")]
+
+
+def test_pmap_leaves_eight_equal_replicas_that_have_learnt() -> None:
+    last = output_of("pmap.py", "--steps", "60")[-1]
+    found = re.fullmatch(r"test accuracy (\d+\.\d) % after 60 steps \(replicas: 8, equal to the bit\)", last)
+    assert found, last
+    assert float(found[1]) >= 80
+
+
+def test_fsdp_learns_with_an_eighth_of_the_state_on_each_device() -> None:
+    bits, held = output_of("fsdp.py", "--steps", "40", "--width", "32", "--layers", "1")[-2:]
+    found = re.fullmatch(r"bits per byte of unseen text: (\d+\.\d\d) before, (\d+\.\d\d) after 40 steps", bits)
+    assert found, bits
+    assert float(found[2]) < 6 < 8 < float(found[1])  # 8 is what a guess among all bytes takes
+    found = re.fullmatch(r"devices: 8, each with ([\d,]+) of ([\d,]+) kB of parameters and slots", held)
+    assert found, held
+    part, whole = (int(number.replace(",", "")) for number in found.groups())
+    assert 8 * part <= 1.02 * whole
+
+
+def test_processes_end_with_the_same_parameters() -> None:
+    lines = sorted(output_of("processes.py", "--steps", "40"))
+    pattern = (
+        r"process (\d): 8 devices, 1/8 of the state on each; test accuracy (\d+\.\d) % after 40 steps; digest (\w+)"
+    )
+    found = [re.fullmatch(pattern, line) for line in lines]
+    assert [match and match[1] for match in found] == ["0", "1"], lines
+    first, second = (match.groups()[1:] for match in found if match)
+    assert first == second
+    assert float(first[0]) > 75

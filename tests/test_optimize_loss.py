@@ -501,6 +501,24 @@ def test_colocate_gradients_with_ops_holds_gradients_to_their_parameters_shardin
     np.testing.assert_allclose(state.params["w"], 0.9, rtol=1e-4)  # epsilon is 2e-5 of these gradients
 
 
+@pytest.mark.parametrize(("devices", "spec"), [(8, ("x", None)), (8, (("x",),)), (1, ("x",)), (1, (None, "x"))])
+def test_colocate_gradients_with_ops_traces_once_however_the_sharding_is_spelt(devices: int, spec: Any) -> None:
+    mesh = jax.make_mesh((devices,), ("x",), axis_types=(jax.sharding.AxisType.Auto,), devices=jax.devices()[:devices])
+    traces = []
+
+    def loss(params: Any) -> jax.Array:
+        traces.append(1)
+        return jnp.sum(params["w"] ** 2)
+
+    train = optloss.optimize_loss(loss, 0, 0.1, "Adam", colocate_gradients_with_ops=True)
+    sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*spec))
+    state = train.init({"w": jax.device_put(np.ones((8, 16), np.float32), sharding)})
+    for _ in range(3):
+        state, _ = train.update(state)
+    assert len(traces) == 1
+    assert "sharding" in train.update.lower(state).as_text()
+
+
 def constraints(jaxpr: Any) -> list[Any]:
     """The sharding constraints of a program and of the programs in it."""
     inner = [value.jaxpr for e in jaxpr.eqns for value in e.params.values() if hasattr(value, "jaxpr")]
