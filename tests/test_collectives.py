@@ -129,3 +129,44 @@ def test_each_device_holds_its_part_alone(kind: str) -> None:
     for name in ("w", "e"):
         shape = ",".join(map(str, SHAPES[name]))
         assert f"f32[{shape}]" not in part.as_text()
+
+
+def test_gradients_of_gathered_parameters_are_reduce_scattered() -> None:
+    """FSDP inside `shard_map`: a device gets the sum of its own part, and no other."""
+    mesh = mesh_for("rows")
+    rows = NamedSharding(mesh, P("x"))
+
+    def loss(params: Any, x: jax.Array) -> jax.Array:
+        return jnp.mean(jnp.square(x @ jax.lax.all_gather(params["w"], "x", axis=0, tiled=True)))
+
+    train = optloss.optimize_loss(
+        loss, 0, 0.1, "Adam", clip_gradients=1.0, axis_name="x", param_specs=P("x"), reproducible=True
+    )
+    state = train.init({"w": jax.device_put(np.ones((1024, 512), np.float32), rows)})
+    compiled = sharded_update(train.update, state, mesh, P("x")).lower(
+        state, jax.device_put(np.ones((64, 1024), np.float32), rows)
+    )
+    always, rarely = collectives(compiled.compile())
+    assert always == {"all-gather": 1, "reduce-scatter": 1, "all-reduce": 2}  # these of the loss and of the norm
+    assert rarely == {}
+
+
+def test_jit_sends_a_gradient_once_and_slices_it() -> None:
+    """What XLA writes on CPUs in place of a reduce-scatter, with `colocate_gradients_with_ops`."""
+    mesh = mesh_for("rows")
+    rows = NamedSharding(mesh, P("x"))
+    train = optloss.optimize_loss(
+        lambda params, x: jnp.mean(jnp.square(x @ params["w"])),
+        0,
+        0.1,
+        "Adam",
+        clip_gradients=1.0,
+        colocate_gradients_with_ops=True,
+        reproducible=True,
+    )
+    state = train.init({"w": jax.device_put(np.ones((1024, 512), np.float32), rows)})
+    text = train.update.lower(state, jax.device_put(np.ones((64, 1024), np.float32), rows)).compile().as_text()
+    reduced = [line for line in text.splitlines() if re.search(r" all-reduce\(", line) and "[512,1024]" in line]
+    assert len(reduced) == 1
+    slices = [line for line in text.splitlines() if " dynamic-slice(" in line and re.search(r"f32\[512,128\]", line)]
+    assert slices
