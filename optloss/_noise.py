@@ -218,6 +218,10 @@ def _indices(leaf: jax.Array, shape: _Shape, start: _Start) -> tuple[jax.Array, 
     low = high = jnp.zeros((), jnp.uint32)
     stride, high_stride = 1, 1
     for axis in reversed(range(leaf.ndim)):
+        if shape[axis] > 2**32:
+            raise ValueError(f"updates: got an array of shape {shape}; for noise, dimensions up to 2**32 would do.")
+        if shape[axis] == 1:
+            continue
         place = jax.lax.broadcasted_iota(jnp.uint32, leaf.shape, axis, **given)
         if start is not None:
             place = place + jnp.asarray(start[axis]).astype(jnp.uint32)

@@ -9,23 +9,23 @@ import sys
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import layouts
+import numpy as np
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
 
-PORT, PROCESSES, PROCESS, DEVICES, CASE = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4]), sys.argv[5]
-jax.config.update("jax_num_cpu_devices", DEVICES)
-jax.config.update("jax_platforms", "cpu")
-if PROCESSES > 1:
-    jax.config.update("jax_cpu_collectives_implementation", "gloo")
-    jax.distributed.initialize(
-        f"127.0.0.1:{PORT}", PROCESSES, PROCESS, initialization_timeout=60, heartbeat_timeout_seconds=10
-    )
+import optloss
 
-import jax.numpy as jnp  # noqa: E402  # after the devices are there
-import layouts  # noqa: E402
-import numpy as np  # noqa: E402
-from jax.sharding import AxisType, NamedSharding  # noqa: E402
-from jax.sharding import PartitionSpec as P  # noqa: E402
 
-import optloss  # noqa: E402
+def start(port: str, processes: int, process: int, devices: int) -> None:
+    """Makes the devices and meets the other processes; nothing may be computed before."""
+    jax.config.update("jax_num_cpu_devices", devices)
+    jax.config.update("jax_platforms", "cpu")
+    if processes > 1:
+        jax.config.update("jax_cpu_collectives_implementation", "gloo")
+        limits = {"initialization_timeout": 60, "heartbeat_timeout_seconds": 10}
+        jax.distributed.initialize(f"127.0.0.1:{port}", processes, process, **limits)
 
 
 def whole(leaf: jax.Array) -> np.ndarray:
@@ -49,12 +49,12 @@ def disagree(what: str) -> dict[str, Any]:
     """What `init` says where this process differs from the other."""
     own: dict[str, Any] = {"learning_rate": 0.1, "optimizer": "Adam", "clip_gradients": 1.0}
     first, key = 1.0, 0
-    if PROCESS == 1:
+    if jax.process_index() == 1:
         changed = {"rate": {"learning_rate": 0.2}, "clip": {"clip_gradients": 2.0}, "optimizer": {"optimizer": "SGD"}}
         own.update(changed.get(what, {}))
         first, key = (1.5, 0) if what == "parameters" else (1.0, 7 if what == "seed" else 0)
-    factor = 0.5 if what == "function" and PROCESS == 1 else 0.9
-    mesh = jax.make_mesh((PROCESSES * DEVICES,), ("x",), axis_types=(AxisType.Auto,))
+    factor = 0.5 if what == "function" and jax.process_index() == 1 else 0.9
+    mesh = jax.make_mesh((jax.device_count(),), ("x",), axis_types=(AxisType.Auto,))
     sharding = NamedSharding(mesh, P())
     # As a user makes them who does not compare: each process puts its own copy where it belongs.
     shards = [jax.device_put(np.array([first, 2.0], np.float32), device) for device in jax.local_devices()]
@@ -74,5 +74,6 @@ def disagree(what: str) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    name, *arguments = CASE.split(":")
+    start(sys.argv[1], *map(int, sys.argv[2:5]))
+    name, *arguments = sys.argv[5].split(":")
     print("RESULT", json.dumps({"train": train, "disagree": disagree}[name](*arguments)), flush=True)

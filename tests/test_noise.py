@@ -137,6 +137,23 @@ def test_optimize_loss_adds_the_noise_that_the_stage_draws() -> None:
     np.testing.assert_array_equal(state.params["w"], -noise["w"])
 
 
+@pytest.mark.parametrize("shape", [(1, 2**16, 2**16), (2**32, 1), (2, 1, 2**31), (1, 1, 1), (3, 2**32 - 1)])
+def test_arrays_at_the_end_of_32_bits_have_noise(shape: tuple[int, ...]) -> None:
+    stage = optloss.add_gradient_noise(1.0, 0)
+    leaf = jax.ShapeDtypeStruct(shape, jnp.float32)
+    noisy = jax.eval_shape(lambda leaf: stage.update(leaf, stage.init(leaf))[0], leaf)
+    assert noisy.shape == shape
+
+
+def test_a_dimension_beyond_32_bits_is_an_error() -> None:
+    stage = optloss.add_gradient_noise(1.0, 0)
+    leaf = jax.ShapeDtypeStruct((2**33,), jnp.float32)
+    with pytest.raises(
+        ValueError, match=r"updates: got an array of shape \(8589934592,\); for noise, dimensions up to"
+    ):
+        jax.eval_shape(lambda leaf: stage.update(leaf, stage.init(leaf))[0], leaf)
+
+
 def test_each_element_of_an_array_beyond_32_bits_has_an_index_of_its_own() -> None:
     """Row-major, in two words; the compiler works out the elements that are asked for alone."""
     shape = (3, 2**17, 2**15)

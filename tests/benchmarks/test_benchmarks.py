@@ -63,3 +63,18 @@ def columns() -> list[list[limit.Array]]:
     sizes = [70, 1, 5000, 129]
     gradients = [generator.standard_normal(size, dtype=np.float32) for size in sizes]
     return [gradients, *([np.zeros(size, np.float32) for size in sizes] for _ in range(3))]
+
+
+@pytest.mark.slow  # it compiles a dozen steps
+def test_a_quick_run_of_scale_shows_parts_of_equal_size_on_all_devices() -> None:
+    """Argument bytes are four arrays of float32 whatever the devices, and no array is larger than a device's part."""
+    done = subprocess.run(
+        [sys.executable, str(RUN.with_name("scale.py")), "--quick"], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in done.stdout.splitlines() if "|" in line]
+    compiled = [row for row in rows if len(row) == 8 and row[1].isdigit()]
+    assert {row[1] for row in compiled} == {"1", "8"}
+    for row in compiled:
+        assert 16 <= float(row[2]) < 17, row
+        assert row[6] == "1", row
