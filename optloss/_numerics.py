@@ -70,9 +70,7 @@ _Apart = tuple[jax.Array, jax.Array | None]  # a leaf, and its factor where that
 def _exact_norms(apart: list[_Apart], along: Sequence[AxisNames]) -> tuple[list[jax.Array], jax.Array]:
     """In float64 no square of a float32 overflows or vanishes."""
     with x64():
-        wide = [(leaf.astype(np.float64), scalar) for leaf, scalar in apart]
-        wide_leaves = [leaf if scalar is None else leaf * scalar.astype(np.float64) for leaf, scalar in wide]
-        squares = add_up([jnp.sum(jnp.square(leaf)) for leaf in wide_leaves], along)
+        squares = add_up([_sum_of_squares(leaf, scalar, np.float64) for leaf, scalar in apart], along)
         total = jnp.sum(jnp.stack(squares))
         return [sqrt(square).astype(np.float32) for square in squares], sqrt(total).astype(np.float32)
 
@@ -111,7 +109,7 @@ def _apart(leaf: jax.Array, factor: jax.Array | None, dtype: Any) -> tuple[jax.A
 def _sum_of_squares(leaf: jax.Array, scalar: jax.Array | None, dtype: Any) -> jax.Array:
     # Behind the barrier, the squares are not those that an optimizer takes, which the compiler would store for both.
     squares = jnp.sum(jnp.square(jax.lax.optimization_barrier(leaf).astype(dtype)))
-    return squares if scalar is None else squares * jnp.square(scalar)
+    return squares if scalar is None else squares * jnp.square(scalar.astype(dtype))
 
 
 def _as_they_are(
