@@ -135,8 +135,37 @@ def test_shard_map_takes_the_step_of_the_whole_batch(kind: str, optimizer: str, 
     for x in BATCHES:
         state, out = update(state, x)
     expected, expected_out = train_whole(optimizer)
+    assert distance(state.params, expected.params) < 1e-6
     for a, b in zip(jax.tree.leaves((state, out)), jax.tree.leaves((expected, expected_out)), strict=True):
         np.testing.assert_allclose(a, b, rtol=2e-5, atol=1e-6)  # 16 rows are added up in another order
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit], ids=lambda t: t.name)
+@pytest.mark.parametrize("kind", ["replicated", *SPECS])
+def test_jit_on_a_mesh_ends_within_a_millionth_of_one_device(kind: str, axis_type: AxisType) -> None:
+    """Gradients are computed where the arrays lie, and so added up in another order."""
+    mesh = mesh_of((4, 2) if kind == "grid" else (8,), 8, axis_type)
+    rows = NamedSharding(mesh, P(mesh.axis_names))
+
+    def laid_out(params: Any, x: jax.Array) -> jax.Array:
+        if axis_type == AxisType.Explicit:  # which leaves it to the user to bring parameters together
+            params = jax.tree.map(lambda leaf: jax.sharding.reshard(leaf, NamedSharding(mesh, P())), params)
+        return loss(params, x)
+
+    train = optloss.optimize_loss(laid_out, 0, 0.01, "Adam", **SETTINGS)
+    state = train.init(place(draw(2), SPECS.get(kind, {"w": P(), "b": P()}), mesh), key=0)
+    for x in BATCHES:
+        state, _ = train.update(state, jax.device_put(x, rows))
+    assert distance(state.params, train_whole("Adam")[0].params) < 1e-6
+
+
+def distance(tree: Any, other: Any) -> float:
+    """The norm of the difference of two trees over the norm of the second."""
+    flat, flat_other = (
+        np.concatenate([np.ravel(np.asarray(leaf, np.float64)) for leaf in jax.tree.leaves(t)]) for t in (tree, other)
+    )
+    return float(np.linalg.norm(flat - flat_other) / np.linalg.norm(flat_other))
 
 
 @pytest.mark.slow
