@@ -2,7 +2,6 @@
 
 import hashlib
 from collections.abc import Mapping
-from importlib import metadata
 from typing import Any
 
 import jax
@@ -80,7 +79,7 @@ def facts_of_arrays(argument: str, tree: Any) -> dict[str, str]:
 
 def versions() -> str:
     """The versions of what a step is made by."""
-    return ", ".join(f"{package} {metadata.version(package)}" for package in ("jax", "jaxlib", "optax", "numpy"))
+    return ", ".join(f"{package.__name__} {package.__version__}" for package in (jax, optax, np))
 
 
 def digest(content: bytes) -> str:
