@@ -121,7 +121,7 @@ def vary(tree: Any, axes: Sequence[Any]) -> Any:
         if hasattr(jax.lax, "pcast"):
             varied: jax.Array = jax.lax.pcast(leaf, more, to="varying")
         else:  # before JAX 0.9
-            varied = jax.lax.pvary(leaf, more)  # type: ignore[attr-defined]  # it was there
+            varied = jax.lax.pvary(leaf, more)  # type: ignore[attr-defined]  # it was there before JAX 0.9
         return varied
 
     return jax.tree.map(cast, tree)
