@@ -18,6 +18,9 @@ Variables: TypeAlias = str | Sequence[str] | Callable[[str], bool] | Any  # the 
 def parameter_names(params: Any) -> list[str]:
     """Returns the "/"-joined path of each leaf, in the order of `jax.tree.leaves`.
 
+    They are the names that a framework's users know: `encoder/kernel` in Flax, without the `/value` of NNX's variables
+    and of boxes such as `nn.Partitioned`; `mlp/~/linear_0/w` in Haiku; `layers/0/weight` in Equinox.
+
     Args:
         params: Any pytree. A bare array is called "params".
 
@@ -28,12 +31,28 @@ def parameter_names(params: Any) -> list[str]:
         >>> optloss.parameter_names({"encoder": [{"kernel": 0.0}, {"kernel": 0.0}]})
         ['encoder/0/kernel', 'encoder/1/kernel']
     """
-    paths = [path for path, _ in jax.tree_util.tree_flatten_with_path(params)[0]]
-    names = [jax.tree_util.keystr(path, simple=True, separator="/") if path else "params" for path in paths]
+    names = [jax.tree_util.keystr(path, simple=True, separator="/") if path else "params" for path in _paths(params)]
     if len(set(names)) < len(names):
         twice = next(name for name in names if names.count(name) > 1)
         raise ValueError(f"params: two parameters are named {twice!r}; rename one of them.")
     return names
+
+
+def _paths(params: Any) -> list[tuple[Any, ...]]:
+    """The path of each leaf; of the one leaf in a box of Flax, that of the box."""
+    paths: list[tuple[Any, ...]] = []
+    for path, node in jax.tree_util.tree_flatten_with_path(params, is_leaf=_is_box)[0]:
+        inner = [inside for inside, _ in jax.tree_util.tree_flatten_with_path(node)[0]]
+        paths.extend([path] if len(inner) == 1 else [path + inside for inside in inner])
+    return paths
+
+
+def _is_box(node: Any) -> bool:
+    """Whether a node is one of Flax's: a variable of NNX, or an array with metadata. Flax is not imported for that."""
+    return any(
+        kind.__name__ in ("Variable", "VariableState", "AxisMetadata") and kind.__module__.startswith("flax.")
+        for kind in type(node).__mro__
+    )
 
 
 def match_names(argument: str, keys: Iterable[str], names: Sequence[str], *, all_match: bool = True) -> dict[str, str]:

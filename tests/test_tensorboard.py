@@ -145,17 +145,23 @@ def test_write_summaries_transfers_from_the_device_once(monkeypatch: pytest.Monk
     assert len(transfers) == 1
 
 
-@pytest.mark.parametrize("stacked", [jnp.zeros(3), jax.vmap(optloss.histogram)(jnp.ones((3, 2)))])
-def test_write_summaries_refuses_the_summaries_of_several_steps(stacked: Any) -> None:
-    """As `jax.lax.scan` stacks them."""
-    with pytest.raises(ValueError, match=r"summaries: 'loss' has the shape \(3,\).*values\[i\]"):
-        tensorboard.write_summaries(RecordingWriter(), {"loss": stacked}, 0)
+@pytest.mark.parametrize(
+    ("summaries", "shown"),
+    [
+        ({"a": jnp.zeros(3), "b": jnp.zeros(2)}, r"'a' of shape \(3,\), 'b' of shape \(2,\)"),
+        ({"a": jnp.zeros(3), "h": optloss.histogram(jnp.ones(2))}, r"'a' of shape \(3,\), 'h' of shape \(\)"),
+        ({"a": jnp.zeros((3, 2))}, r"'a' of shape \(3, 2\)"),
+    ],
+)
+def test_write_summaries_refuses_shapes_that_are_not_of_one_stack(summaries: Any, shown: str) -> None:
+    with pytest.raises(ValueError, match=rf"summaries: got {shown}; scalars, or all stacked along one axis"):
+        tensorboard.write_summaries(RecordingWriter(), summaries, 0)
 
 
-def test_write_summaries_writes_one_step_of_stacked_summaries() -> None:
-    """In the way that its docstring and its error advise."""
+def test_write_summaries_writes_stacked_steps_one_after_the_other() -> None:
+    """As `jax.lax.scan` stacks them; the sums of the histograms are 2 and 6."""
     stacked = {"loss": jnp.array([1.0, 2.0]), "h": jax.vmap(optloss.histogram)(jnp.array([[1.0, 1.0], [2.0, 4.0]]))}
     writer = RecordingWriter()
-    tensorboard.write_summaries(writer, jax.tree.map(lambda values: values[1], jax.device_get(stacked)), 9)
-    assert writer.scalars == [("loss", 2.0, 9)]
-    assert writer.histograms[0][1]["sum"] == 6.0
+    tensorboard.write_summaries(writer, stacked, 9)
+    assert writer.scalars == [("loss", 1.0, 9), ("loss", 2.0, 10)]
+    assert [(fields["global_step"], fields["sum"]) for _, fields in writer.histograms] == [(9, 2.0), (10, 6.0)]
