@@ -20,7 +20,7 @@ from jax.typing import ArrayLike
 from optloss._check import check_number
 from optloss._histogram import Histogram
 
-__all__ = ["AsyncWriter", "EventFileWriter", "write_summaries"]
+__all__ = ["AsyncWriter", "EventFileWriter", "ProgressBar", "write_summaries"]
 
 
 class _Writer(Protocol):
@@ -272,6 +272,53 @@ class EventFileWriter:
 
 
 _FILES = itertools.count()  # so that two writers of one second have two files
+
+
+class ProgressBar:
+    """Shows steps on a bar as they are finished: a sink for an `AsyncWriter`, so that no step waits for the bar.
+
+    Args:
+        bar: A `tqdm.tqdm(total=steps)`, or what has its `n`, `update`, `set_postfix` and `close`. It shows the loss,
+            the rate and the norm before clipping, of several ops with their names, and what has no "/" in its tag.
+
+    Example:
+        >>> from optloss import tensorboard
+        >>> from tqdm import tqdm
+        >>> bar = tqdm(total=3, disable=True)
+        >>> with tensorboard.AsyncWriter(tensorboard.ProgressBar(bar)) as writer:
+        ...     for step in range(3):
+        ...         writer.write({"OptimizeLoss/loss": 0.5, "accuracy": 0.9}, step)
+
+    TF1's `LoggingTensorHook` printed lines, each of which waited for its step.
+    """
+
+    def __init__(self, bar: Any) -> None:
+        """Takes the bar."""
+        self._bar = bar
+        self._values: dict[str, Any] = {}
+        self._step, self._next = bar.n - 1, 0.0
+
+    def __call__(self, values: dict[str, Any], step: int) -> None:
+        """Takes the values of a step, and shows them where the last were shown a tenth of a second ago."""
+        self._values, self._step = values, step
+        if time.monotonic() >= self._next:
+            self._show()
+            self._next = time.monotonic() + 0.1
+
+    def close(self) -> None:
+        """Shows the last step and closes the bar."""
+        self._show()
+        self._bar.close()
+
+    def _show(self) -> None:
+        shown = {tag: tag.split("/") for tag in self._values if "/" not in tag or tag.endswith(_SHOWN)}
+        several = len({parts[0] for parts in shown.values() if len(parts) > 1}) > 1
+        labels = {tag: " ".join({parts[0]: 0, parts[-1]: 0} if several else parts[-1:]) for tag, parts in shown.items()}
+        self._bar.set_postfix({label: f"{self._values[tag]:.3g}" for tag, label in labels.items()}, refresh=False)
+        self._bar.update(self._step + 1 - self._bar.n)
+
+
+_SHOWN = ("/loss", "/learning_rate", "/global_norm/gradient_norm")
 
 
 def write_summaries(writer: _Writer, summaries: _Summaries, step: ArrayLike) -> None:
