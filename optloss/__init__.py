@@ -24,6 +24,7 @@ from optloss._decay_cosine import (
     linear_cosine_decay,
     noisy_linear_cosine_decay,
 )
+from optloss._explain import Explanation
 from optloss._ftrl import FtrlState, ftrl
 from optloss._histogram import Histogram, histogram
 from optloss._learning_rate import DecayedLearningRateState, from_schedule, scale_by_decayed_learning_rate
@@ -56,6 +57,7 @@ __all__ = [
     "AdamState",
     "AdaptiveClippingState",
     "DecayedLearningRateState",
+    "Explanation",
     "FtrlState",
     "GradientNoiseState",
     "Histogram",

@@ -1,5 +1,6 @@
 """Clipping by the global norm: to a constant, or to a limit learned from the norms so far."""
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
@@ -32,6 +33,10 @@ class ClipByFactor(optax.GradientTransformationExtraArgs):
     """
 
     factor: Callable[[jax.Array, Any, jax.Array | None], tuple[jax.Array, Any]]
+    description: str
+    """What it is in a few words, for `explain`."""
+    warning: str
+    """Why it cannot do what it says, or nothing."""
 
 
 def clip_by_global_norm(clip_norm: ArrayLike) -> ClipByFactor:
@@ -67,7 +72,7 @@ def clip_by_global_norm(clip_norm: ArrayLike) -> ClipByFactor:
         clip_to = jnp.asarray(limit, norm.dtype)
         return _factor(norm, norm > clip_to, clip_to), state
 
-    return _clip_by_factor(lambda params: optax.EmptyState(), factor_fn)
+    return _clip_by_factor(lambda params: optax.EmptyState(), factor_fn, *_explain_limit(limit))
 
 
 class AdaptiveClippingState(NamedTuple):
@@ -190,12 +195,14 @@ def adaptive_clipping_fn(
         )
         return factor, new_state
 
-    return _clip_by_factor(init_fn, factor_fn)
+    return _clip_by_factor(init_fn, factor_fn, *_explain_adaptive(std_factor, decay, static_max_norm))
 
 
 def _clip_by_factor(
     init_fn: Callable[[optax.Params], Any],
     factor_fn: Callable[[jax.Array, Any, jax.Array | None], tuple[jax.Array, Any]],
+    description: str,
+    warning: str,
 ) -> ClipByFactor:
     """Makes the transformation of a function of the norm."""
 
@@ -212,8 +219,29 @@ def _clip_by_factor(
         return scale_tree(updates, factor), state
 
     clip = ClipByFactor(init_fn, update_fn)
-    clip.factor = factor_fn
+    clip.factor, clip.description, clip.warning = factor_fn, description, warning
     return clip
+
+
+def _explain_limit(limit: float | jax.Array) -> tuple[str, str]:
+    """What a clip to a constant is, and why it cannot do what it says."""
+    if isinstance(limit, jax.core.Tracer):
+        return "clip to a traced norm", ""
+    never, always = "a limit of infinity never clips; None would do.", "a limit of 0 makes every gradient 0."
+    useless: dict[Any, str] = {math.inf: never, 0: always}
+    return f"clip to norm {limit:g}", useless.get(limit, "")
+
+
+def _explain_adaptive(std_factor: Any, decay: Any, static_max_norm: Any) -> tuple[str, str]:
+    if isinstance(std_factor, jax.core.Tracer) or isinstance(decay, jax.core.Tracer):
+        return "adaptive clip", ""
+    largest = math.sqrt(decay / (1 - decay)) if decay < 1 else math.inf
+    if std_factor <= largest:
+        return "adaptive clip", ""
+    rest = "" if static_max_norm is None else " but to static_max_norm"
+    return "adaptive clip", (
+        f"std_factor={std_factor:g} is beyond sqrt(decay / (1 - decay)) = {largest:.2f}, where it never clips{rest}."
+    )
 
 
 def _factor(norm: jax.Array, clips: jax.Array, clip_to: jax.Array) -> jax.Array:

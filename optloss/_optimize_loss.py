@@ -11,6 +11,7 @@ from jax.typing import ArrayLike
 from optloss._axes import AxisNames, check_axis_name, mean_of_losses, mean_over, vary, varying_axes
 from optloss._check import describe
 from optloss._clipping import ClipGradients
+from optloss._explain import Explanation, explain_pipeline
 from optloss._learning_rate import DecayFunction
 from optloss._multipliers import Multiplier
 from optloss._names import Variables, parameter_names, select_parameters
@@ -61,6 +62,9 @@ class TrainOp(NamedTuple):
 
     transformation: optax.GradientTransformationExtraArgs
     """The same pipeline without the loss, for loops that have gradients already."""
+
+    explain: Callable[[Any], Explanation]
+    """`explain(params) -> Explanation`: what the op does and which parameter gets what. Shapes will do."""
 
 
 class _Settings(NamedTuple):
@@ -142,7 +146,7 @@ def optimize_loss(
             accumulated in float64. Else norms may differ by 3 ulp. See `global_norm`.
 
     Returns:
-        A `TrainOp` of `init`, `update` and `transformation`.
+        A `TrainOp` of `init`, `update`, `transformation` and `explain`.
 
     Raises:
         ValueError: A value that will not do, wherever the original raised it and for nonsense that it let pass.
@@ -199,6 +203,7 @@ def optimize_loss(
         init,
         _jit_colocated(pipeline, settings) if colocate_gradients_with_ops else jax.jit(update, donate_argnums=0),
         as_transformation(pipeline, colocate_gradients=colocate_gradients_with_ops),
+        lambda params: explain_pipeline(pipeline, settings.axes, params),
     )
 
 
