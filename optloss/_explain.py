@@ -9,12 +9,9 @@ import optax
 
 from optloss._axes import AxisNames
 from optloss._clipping import ClipByFactor
-from optloss._decay import __all__ as DECAYS
-from optloss._decay_cosine import __all__ as COSINE_DECAYS
 from optloss._names import match_names, parameter_names, select_parameters
 from optloss._optimizer_forms import OPTIMIZER_CLS_NAMES
 from optloss._pipeline import Pipeline, init_stages
-from optloss._train_state import TrainState
 from optloss._trees import keep
 
 __all__ = ["Explanation", "explain_pipeline"]
@@ -34,9 +31,10 @@ class _Parameter(NamedTuple):
 
 
 class Explanation(NamedTuple):
-    """What a train op does, as `train.explain(params)` finds it from shapes alone.
+    """What a train op does, as `train.explain(params)` and `transformation(...).explain(params)` find it.
 
-    It prints as a table, in a notebook too, and `to_dict()` gives it as plain values.
+    It takes shapes alone, and nothing runs on a device. It prints as a table, in a notebook too, and `to_dict()` gives
+    it as plain values.
 
     Example:
         >>> train = optloss.optimize_loss(
@@ -144,12 +142,11 @@ def _bytes(count: int) -> str:
 
 
 def explain_pipeline(pipeline: Pipeline, axes: AxisNames, params: Any) -> Explanation:
-    """Explains a train op for parameters, a state that has them, or their shapes. Nothing runs on a device.
+    """Explains a train op for parameters or their shapes. Nothing runs on a device.
 
     Raises:
         ValueError: What `init` would raise.
     """
-    params = params.params if isinstance(params, TrainState) else params
     params, state = jax.eval_shape(lambda params: (params, init_stages(pipeline, params, _any_key(pipeline))), params)
     selected = select_parameters(pipeline.variables, params)
     names, leaves = parameter_names(params), jax.tree.leaves(params)
@@ -267,7 +264,9 @@ def _name(function: Any) -> str:
     if str(getattr(function, "__module__", "")).split(".")[0] in ("optax", "optloss"):
         return str(name.split(".")[0])
     if name.endswith("<lambda>"):
-        inside = [called for called in function.__code__.co_names if called in (*DECAYS, *COSINE_DECAYS)]
+        inside = [
+            called for called in function.__code__.co_names if "_decay" in called or called == "piecewise_constant"
+        ]
         return inside[0] if inside else "a function"
     return str(name.split(".")[-1])
 

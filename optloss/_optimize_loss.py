@@ -31,7 +31,7 @@ from optloss._pipeline import (
 )
 from optloss._summaries import Summaries
 from optloss._train_state import TrainState, own, spread_over_mesh, unshared
-from optloss._transformation import as_transformation
+from optloss._transformation import PipelineTransformation, as_transformation
 from optloss._trees import choose, colocate, keep, keep_types, merge, shardings_of, still_finite
 
 __all__ = ["TrainOp", "TrainOutput", "optimize_loss"]
@@ -60,11 +60,11 @@ class TrainOp(NamedTuple):
     update: Callable[..., tuple[TrainState, TrainOutput]]
     """`update(state, *args, **kwargs) -> (state, output)`, jitted; the state is donated, the rest goes to the loss."""
 
-    transformation: optax.GradientTransformationExtraArgs
+    transformation: PipelineTransformation
     """The same pipeline without the loss, for loops that have gradients already."""
 
     explain: Callable[[Any], Explanation]
-    """`explain(params) -> Explanation`: what the op does and which parameter gets what. Shapes will do."""
+    """`explain(params) -> Explanation`: what the op does and which parameter gets what. Shapes or a state will do."""
 
 
 class _Settings(NamedTuple):
@@ -203,7 +203,9 @@ def optimize_loss(
         init,
         _jit_colocated(pipeline, settings) if colocate_gradients_with_ops else jax.jit(update, donate_argnums=0),
         as_transformation(pipeline, colocate_gradients=colocate_gradients_with_ops),
-        lambda params: explain_pipeline(pipeline, settings.axes, params),
+        lambda params: explain_pipeline(
+            pipeline, settings.axes, params.params if isinstance(params, TrainState) else params
+        ),
     )
 
 

@@ -9,6 +9,7 @@ import optax
 from jax.typing import ArrayLike
 
 from optloss._clipping import ClipGradients
+from optloss._explain import Explanation, explain_pipeline
 from optloss._learning_rate import DecayFunction
 from optloss._multipliers import Multiplier
 from optloss._names import Variables, select_parameters
@@ -28,7 +29,7 @@ from optloss._pipeline import (
 from optloss._summaries import Summaries
 from optloss._trees import choose, colocate, keep, merge, shardings_of
 
-__all__ = ["TransformationState", "as_transformation", "transformation"]
+__all__ = ["PipelineTransformation", "TransformationState", "as_transformation", "transformation"]
 
 
 class TransformationState(NamedTuple):
@@ -37,6 +38,13 @@ class TransformationState(NamedTuple):
     global_step: jax.Array | None  # shape=(), an integer; None without a counter
     opt_state: OptState
     summaries: Summaries  # of the last step; zeros at first
+
+
+class PipelineTransformation(optax.GradientTransformationExtraArgs):
+    """The pipeline as an Optax transformation, which can explain itself."""
+
+    explain: Callable[[optax.Params], Explanation]
+    """`explain(params) -> Explanation`: what it does and which parameter gets what. Shapes will do."""
 
 
 def transformation(
@@ -59,7 +67,7 @@ def transformation(
     noise_generator: str = "mixer",
     param_specs: Any = None,
     reproducible: bool = False,
-) -> optax.GradientTransformationExtraArgs:
+) -> PipelineTransformation:
     """Makes the pipeline of `optimize_loss` as one Optax transformation, for loops that have gradients already.
 
     Args:
@@ -83,7 +91,8 @@ def transformation(
         reproducible: As there.
 
     Returns:
-        A transformation whose state is a `TransformationState`. Its `update` needs the parameters.
+        A transformation whose state is a `TransformationState`. Its `update` needs the parameters. It has
+        `explain(params)`, as a `TrainOp` has.
 
     Raises:
         ValueError: As in `optimize_loss`.
@@ -123,7 +132,7 @@ def transformation(
     return as_transformation(pipeline, colocate_gradients=colocate_gradients_with_ops)
 
 
-def as_transformation(pipeline: Pipeline, *, colocate_gradients: bool) -> optax.GradientTransformationExtraArgs:
+def as_transformation(pipeline: Pipeline, *, colocate_gradients: bool) -> PipelineTransformation:
     """The pipeline's face for loops that have gradients already."""
     # Without the loss, which comes or does not: the state's tree must not hang on that.
     pipeline = pipeline._replace(summaries=tuple(tag for tag in pipeline.summaries if tag != "loss"))
@@ -166,4 +175,6 @@ def as_transformation(pipeline: Pipeline, *, colocate_gradients: bool) -> optax.
         nothing = jax.tree.map(lambda leaf: jnp.full_like(leaf, -0.0), updates)
         return merge(result.updates, nothing, selected), TransformationState(new_step, result.state, result.summaries)
 
-    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+    face = PipelineTransformation(init_fn, update_fn)
+    face.explain = lambda params: explain_pipeline(pipeline, (), params)
+    return face

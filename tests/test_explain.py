@@ -133,6 +133,13 @@ def test_explain_takes_a_state_shapes_and_arrays_alike() -> None:
     assert train.explain(params) == train.explain(SHAPES) == train.explain(train.init(params))
 
 
+def test_a_transformation_explains_itself_as_its_train_op_does() -> None:
+    """But for the loss, which it does not report."""
+    alone = optloss.transformation(0, 0.1, "Adam", clip_gradients=1.0).explain(SHAPES)
+    whole = build(clip_gradients=1.0).explain(SHAPES)
+    assert alone == whole._replace(summaries=("learning_rate", "global_gradient_norm"))
+
+
 def test_explain_needs_no_device_for_parameters_that_none_could_hold() -> None:
     """1e15 numbers of four bytes, with noise for which no key is given."""
     explained = build(gradient_noise_scale=0.01).explain({"w": jax.ShapeDtypeStruct((10**8, 10**7), np.float32)})

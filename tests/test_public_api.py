@@ -18,8 +18,8 @@ ROWS = [
     ["_noise", "_multipliers", "_clipping", "_decay", "_learning_rate", "_optimizers", "_ftrl", "_summaries"],
     ["_decay_cosine", "_optimizer_forms"],
     ["_pipeline"],
-    ["_transformation", "_train_state"],
     ["_explain"],
+    ["_transformation", "_train_state"],
     ["_optimize_loss"],
     ["__init__", "pictures", "tensorboard"],
 ]
