@@ -6,7 +6,8 @@ The digits are the 1,797 images of 8x8 pixels that scikit-learn ships; nothing i
 
     test accuracy 99.8 % after 1050 steps in 3.9 s (log and picture: runs/digits)
 
-and that folder has a TensorBoard log (`tensorboard --logdir runs`) and a picture of the run, digits.png.
+and that folder has a TensorBoard log (`tensorboard --logdir runs`) and a picture of the run, digits.png. All steps of
+an epoch are one program, by `jax.lax.scan`.
 """
 
 import argparse
@@ -20,14 +21,10 @@ import optax
 from matplotlib.figure import Figure
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
-from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
 import optloss
-from optloss import tensorboard
-
-NORMS = ("gradient_norm", "clipped_gradient_norm", "adaptive_max_gradient_norm")
-FIGURES = [f"OptimizeLoss/{tag}" for tag in ("loss", "learning_rate", *(f"global_norm/{norm}" for norm in NORMS))]
+from optloss import pictures, tensorboard
 
 
 class Network(nn.Module):
@@ -55,7 +52,7 @@ def loss(params, batch):
     return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean(), accuracy
 
 
-def fit(images, labels, epochs, seed, size=32):
+def fit(images, labels, epochs, seed, out, size=32):
     """Returns the trained parameters, the summaries of all steps, and the seconds these took once compiled."""
     steps = len(images) // size  # of an epoch, which is one call
     train = optloss.optimize_loss(
@@ -70,51 +67,33 @@ def fit(images, labels, epochs, seed, size=32):
         summaries=["loss", "learning_rate", "global_gradient_norm", "gradient_norm"],
         has_aux=True,
     )
-    key, order, outputs = jax.random.key(seed), np.random.default_rng(seed), []
-    state = train.init(Network().init(key, images[:1])["params"], key=seed)
+    key, order, history = jax.random.key(seed), np.random.default_rng(seed), []
+    params = Network().init(key, images[:1])["params"]
+    print(train.explain(params))
+    state = train.init(params, key=seed)
     chosen = np.stack([order.permutation(len(images))[: steps * size].reshape(steps, size) for _ in range(epochs)])
     batches = list(zip(images[chosen], labels[chosen], jax.random.split(key, (epochs, steps)), strict=True))
     run = jax.jit(lambda state, batches: jax.lax.scan(train.update, state, batches), donate_argnums=0)
     run = run.lower(state, batches[0]).compile()
     start = time.perf_counter()
-    for batch in (bar := tqdm(batches, unit="epoch")):
-        state, output = run(state, batch)
-        outputs.append(output)
-        done = jax.device_get(outputs[-2:][0])  # the epoch before, so that no step waits for the bar
-        shown = {tag.split("/")[-1]: done.summaries[tag][-1] for tag in FIGURES[:3]}
-        bar.set_postfix(shown, accuracy=done.aux.mean())
-    summaries = [output.summaries for output in jax.device_get(outputs)]
-    seconds = time.perf_counter() - start
-    return state.params, {tag: np.concatenate([part[tag] for part in summaries]) for tag in summaries[0]}, seconds
+    log = tensorboard.EventFileWriter(out, purge_step=0)  # it replaces what an earlier run left there
+    bar = tensorboard.ProgressBar(tqdm(total=steps * epochs, unit="step"))
+    with tensorboard.AsyncWriter(log, bar, lambda values, step: history.append(values), capacity=epochs) as writer:
+        for epoch, batch in enumerate(batches):
+            state, output = run(state, batch)
+            writer.write({**output.summaries, "accuracy": output.aux}, epoch * steps)
+    return state.params, history, time.perf_counter() - start
 
 
-def draw(summaries, images, labels, odds):
-    """Returns a picture of the loss, the rate, the norm before and after clipping, and the hardest digits."""
-    losses, rates, before, after, limits = (summaries[tag] for tag in FIGURES)
-    cut, middle = np.flatnonzero(after < before), np.arange(10, len(losses) - 10)
-    picture = Figure(figsize=(13, 8.5), layout="constrained")
-    top_left, top_right, low_left, low_right = picture.subplots(2, 2).flat
-    top_left.semilogy(losses, "tab:blue", alpha=0.25, label="each step")
-    smooth = np.exp(np.convolve(np.log(losses), np.ones(21) / 21, "valid"))
-    top_left.semilogy(middle, smooth, "tab:blue", label="geometric mean of 21 steps")
-    top_right.plot(1000 * rates, "tab:green", label="cosine_decay")
-    low_left.semilogy(after, "tab:blue", lw=0.7, label="after clipping")
-    low_left.semilogy(limits, "tab:orange", label="adaptive limit")
-    low_left.vlines(cut, after[cut], before[cut], "tab:red", lw=1)
-    low_left.semilogy(cut, before[cut], "v", color="tab:red", ms=5, label=f"before, where clipped ({len(cut)} steps)")
-    names = ("loss: cross-entropy (nats)", "learning rate (1e-3)", "gradient norm (nats)")
-    for axes, name in zip((top_left, top_right, low_left), names, strict=True):
-        axes.set(xlabel="step", ylabel=name, xmargin=0.01)
-        axes.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=3, frameon=False, borderaxespad=0, handlelength=1.5)
-        axes.grid(alpha=0.3)
-    for place, i in enumerate(np.argsort(odds[np.arange(len(labels)), labels])[:15]):
-        (y, x), read = divmod(place, 5), odds[i].argmax()
-        low_right.imshow(images[i], cmap="gray_r", extent=(x, x + 0.8, -1.1 * y, 0.8 - 1.1 * y))
+def draw_hardest(axes, images, labels, odds):
+    """Draws the test digits to whose labels the network gives the smallest odds."""
+    for place, i in enumerate(np.argsort(odds[np.arange(len(labels)), labels])[:20]):
+        (y, x), read = divmod(place, 4), odds[i].argmax()
+        axes.imshow(images[i], cmap="gray_r", extent=(x, x + 0.8, -1.1 * y, 0.8 - 1.1 * y))
         text, color = (read, "black") if read == labels[i] else (f"{labels[i]} as {read}", "tab:red")
-        low_right.text(x + 0.05, 0.84 - 1.1 * y, f"{text} ({100 * odds[i].max():.0f} %)", color=color, size=9)
-    low_right.set(xlim=(-0.1, 4.9), ylim=(-2.3, 1.1), title="the 15 hardest test digits (red: misread)")
-    low_right.set_axis_off()
-    return picture
+        axes.text(x, 0.84 - 1.1 * y, f"{text} ({100 * odds[i].max():.0f} %)", color=color, size=9)
+    axes.set(xlim=(-0.1, 4.1), ylim=(-4.6, 1.1), title="the 20 hardest test digits (red: misread)")
+    axes.set_axis_off()
 
 
 def main():
@@ -127,14 +106,14 @@ def main():
     images, labels = load_digits(return_X_y=True)
     images = (images / 16).astype(np.float32).reshape(-1, 8, 8, 1)
     images, tests, labels, answers = train_test_split(images, labels, test_size=0.25, stratify=labels, random_state=0)
-    params, summaries, seconds = fit(images, labels, args.epochs, args.seed)
+    params, history, seconds = fit(images, labels, args.epochs, args.seed, args.out)
     odds = np.asarray(jax.nn.softmax(Network().apply({"params": params}, tests)))
-    with SummaryWriter(args.out, purge_step=0) as writer:  # it replaces what an earlier run left there
-        for step in range(len(summaries[FIGURES[0]])):
-            tensorboard.write_summaries(writer, {tag: values[step] for tag, values in summaries.items()}, step)
-    draw(summaries, tests, answers, odds).savefig(f"{args.out}/digits.png", dpi=120)
+    left, right = (figure := Figure(figsize=(16, 7), layout="constrained")).subfigures(1, 2, width_ratios=(2, 1))
+    pictures.draw_run(history, figure=left)
+    draw_hardest(right.subplots(), tests, answers, odds)
+    figure.savefig(f"{args.out}/digits.png", dpi=100)
     accuracy = 100 * np.mean(odds.argmax(-1) == answers)
-    print(f"test accuracy {accuracy:.1f} % after {step + 1} steps in {seconds:.1f} s (log and picture: {args.out})")
+    print(f"test accuracy {accuracy:.1f} % after {len(history)} steps in {seconds:.1f} s (log and picture: {args.out})")
 
 
 if __name__ == "__main__":

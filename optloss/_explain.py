@@ -1,6 +1,7 @@
 """`train.explain(params)`: what a train op does and which parameter gets what, from shapes alone."""
 
 import html
+import textwrap
 from typing import Any, NamedTuple
 
 import jax
@@ -78,8 +79,8 @@ class Explanation(NamedTuple):
         if len(lines) > _MOST_LINES:
             half = _MOST_LINES // 2
             lines[half:-half] = [f"... {len(lines) - 2 * half} more, all of them in to_dict() ..."]
-        warned = [f"warning: {warning}" for warning in self.warnings]
-        return "\n".join([*self._head(), "", *lines, "", self._foot(), *warned])
+        warned = [_wrapped(f"warning: {warning}") for warning in self.warnings]
+        return "\n".join([*map(_wrapped, self._head()), "", *lines, "", _wrapped(self._foot()), *warned])
 
     def _repr_html_(self) -> str:
         """The explanation as a notebook shows it."""
@@ -100,6 +101,10 @@ class Explanation(NamedTuple):
             f"{t['trained_parameters']:,}, {t['trained_numbers']:,} numbers, {_bytes(t['trained_bytes'])}; "
             f"slots {_bytes(t['slot_bytes'])}, other state {_bytes(t['other_state_bytes'])}"
         )
+
+
+def _wrapped(line: str) -> str:
+    return textwrap.fill(line, width=120, subsequent_indent="    ", break_long_words=False, break_on_hyphens=False)
 
 
 _COLUMNS = ("parameter", "shape", "dtype", "trained", "key", "multiplier", "noise", "slots")
