@@ -17,7 +17,6 @@ from optloss._multipliers import Multiplier
 from optloss._names import Variables, parameter_names, select_parameters
 from optloss._noise import NoiseScale
 from optloss._pipeline import (
-    OptState,
     Pipeline,
     axes_of_params,
     build_pipeline,
@@ -33,6 +32,7 @@ from optloss._summaries import Summaries
 from optloss._train_state import TrainState, own, spread_over_mesh, unshared
 from optloss._transformation import PipelineTransformation, as_transformation
 from optloss._trees import choose, colocate, keep, keep_types, merge, shardings_of, still_finite
+from optloss._update import jit_update
 
 __all__ = ["TrainOp", "TrainOutput", "optimize_loss"]
 
@@ -196,12 +196,18 @@ def optimize_loss(
         _check_state(pipeline, settings, state, args)
         return state
 
-    def update(state: TrainState, *args: Any, **kwargs: Any) -> tuple[TrainState, TrainOutput]:
-        return _step(pipeline, settings, state, args, kwargs)
+    def step(
+        shardings: tuple[Any, ...] | None, state: TrainState, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[TrainState, TrainOutput]:
+        return _step(pipeline, settings._replace(shardings=shardings), state, args, kwargs)
+
+    def shardings(state: TrainState) -> tuple[Any, ...] | None:
+        """How the parameters lie: inside a program a sharding over an Auto mesh cannot be seen."""
+        return shardings_of(_with_op(pipeline, state).params) if colocate_gradients_with_ops else None
 
     return TrainOp(
         init,
-        _jit_colocated(pipeline, settings) if colocate_gradients_with_ops else jax.jit(update, donate_argnums=0),
+        jit_update(step, shardings),
         as_transformation(pipeline, colocate_gradients=colocate_gradients_with_ops),
         lambda params: explain_pipeline(
             pipeline, settings.axes, params.params if isinstance(params, TrainState) else params
@@ -289,7 +295,7 @@ def _step(
     pipeline: Pipeline, settings: _Settings, state: TrainState, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[TrainState, TrainOutput]:
     """One training step."""
-    opt_state = _op_state(pipeline, state)
+    opt_state = _with_op(pipeline, state).opt_states[pipeline.name]
     selected = select_parameters(pipeline.variables, state.params)
     trained = keep(state.params, selected)
     model_state = state.model_state
@@ -329,36 +335,15 @@ def _step(
     return TrainState(step, params, model_state, opt_states), TrainOutput(loss, aux, result.summaries)
 
 
-def _jit_colocated(pipeline: Pipeline, settings: _Settings) -> Callable[..., tuple[TrainState, TrainOutput]]:
-    """The jitted step, told how the parameters lie: inside a program a sharding over an Auto mesh cannot be seen."""
-
-    def step(
-        shardings: tuple[Any, ...], state: TrainState, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[TrainState, TrainOutput]:
-        return _step(pipeline, settings._replace(shardings=shardings), state, args, kwargs)
-
-    jitted = jax.jit(step, static_argnums=0, donate_argnums=1)
-
-    def update(state: TrainState, *args: Any, **kwargs: Any) -> tuple[TrainState, TrainOutput]:
-        _op_state(pipeline, state)
-        result: tuple[TrainState, TrainOutput] = jitted(shardings_of(state.params), state, args, kwargs)
-        return result
-
-    def lower(state: TrainState, *args: Any, **kwargs: Any) -> Any:
-        return jitted.lower(shardings_of(state.params), state, args, kwargs)
-
-    update.lower = lower  # type: ignore[attr-defined]  # as jit's own have it
-    return update
-
-
-def _op_state(pipeline: Pipeline, state: TrainState) -> OptState:
+def _with_op(pipeline: Pipeline, state: TrainState) -> TrainState:
+    """The state; raises an error where it has no part of this op."""
     if not isinstance(state, TrainState):
         raise TypeError(f"state: got {type(state).__name__}; the TrainState that init or update gave would do.")
     if pipeline.name not in state.opt_states:
         raise ValueError(
             f"state: it has no op named {pipeline.name!r}, only {list(state.opt_states)}; init(state) joins it."
         )
-    return state.opt_states[pipeline.name]
+    return state
 
 
 def _loss_of_trained(

@@ -12,7 +12,7 @@ PACKAGE = Path(optloss.__file__).parent
 
 # A module imports only from rows above its own; `_numerics` and `_names` may use `_check`, and so on down.
 ROWS = [
-    ["_axes", "_check"],
+    ["_axes", "_check", "_update"],
     ["_names", "_numerics", "_trees"],
     ["_rule", "_histogram", "_processes"],
     ["_noise", "_multipliers", "_clipping", "_decay", "_learning_rate", "_optimizers", "_ftrl", "_summaries"],

@@ -1,0 +1,115 @@
+"""`update` as its callers meet it: jitted, with errors that explain a lost state, and an interrupt that loses none."""
+
+import _thread
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import jax
+
+__all__ = ["jit_update"]
+
+Step = Callable[[Any, Any, tuple[Any, ...], dict[str, Any]], Any]  # of static settings, state, args and kwargs
+
+
+def jit_update(step: Step, static: Callable[[Any], Any]) -> Callable[..., Any]:
+    """Jits a step, with its state donated, as a function `(state, *args, **kwargs)`.
+
+    A state that was donated before, or by a step that failed, is told from JAX's other errors. Ctrl-C is an interrupt
+    before the step or after it: what a step has given is not thrown away between the two.
+
+    Args:
+        step: The step.
+        static: What of a state the program is made for, as a hashable value.
+    """
+    trees: list[Any] = []  # of what the step gave, one for each kind
+
+    def flat_step(
+        static: Any, state: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[list[jax.Array], list[None]]:
+        """Leaves, and as many None as the number of their tree: these JAX puts together without running any Python."""
+        leaves, tree = jax.tree.flatten(step(static, state, args, kwargs))
+        if tree not in trees:
+            trees.append(tree)
+        return leaves, [None] * trees.index(tree)
+
+    jitted = jax.jit(flat_step, static_argnums=0, donate_argnums=1)
+
+    def update(state: Any, *args: Any, **kwargs: Any) -> Any:
+        _raise_delayed_interrupt()
+        given: list[Any] = []
+        try:
+            # No bytecode from the call until its result is in the list, so that no interrupt falls in between.
+            given.extend(map(jitted, (static(state),), (state,), (args,), (kwargs,)))
+        except KeyboardInterrupt as interrupt:
+            if not given:
+                _explain(interrupt, state)
+                raise
+            _delay_interrupt()
+        except (RuntimeError, ValueError) as error:
+            _raise_if_used(error, state)
+            _explain(error, state)
+            raise
+        while True:
+            try:
+                leaves, number = given[0]
+                return jax.tree.unflatten(trees[len(number)], leaves)
+            except KeyboardInterrupt:
+                _delay_interrupt()
+
+    def lower(state: Any, *args: Any, **kwargs: Any) -> Any:
+        return jitted.lower(static(state), state, args, kwargs)
+
+    update.lower = lower  # type: ignore[attr-defined]  # as jit's own have it
+    return update
+
+
+_KEEP = "To keep a state, copy it before: kept = jax.tree.map(jnp.copy, state)."
+
+
+def _is_lost(state: Any) -> bool:
+    """Whether an array of the state is gone."""
+    leaves = [leaf for leaf in jax.tree.leaves(state) if isinstance(leaf, jax.Array)]
+    return any(not isinstance(leaf, jax.core.Tracer) and leaf.is_deleted() for leaf in leaves)
+
+
+def _raise_if_used(error: Exception, state: Any) -> None:
+    """Raises a ValueError where the error is JAX's about a state that was donated before."""
+    if _is_lost(state) and ("has been deleted" in str(error) or "deleted or donated" in str(error)):
+        raise ValueError(
+            "state: it was given to an update before, which wrote the next state over it. Go on with what that "
+            f"update returned: state, output = train.update(state, ...). {_KEEP}"
+        ) from None
+
+
+def _explain(error: BaseException, state: Any) -> None:
+    """Adds to an error what became of the state, where it is gone."""
+    if _is_lost(state):
+        error.add_note(
+            "state: the step that failed had begun to write over the state that was given to it, which is lost; the "
+            f"last checkpoint has the state of an earlier step. {_KEEP}"
+        )
+
+
+# The interrupt that waits for the caller to have stored the state. One for the process, as its signals are.
+_delayed: list[threading.Timer] = []
+
+
+def _delay_interrupt() -> None:
+    """Interrupts the next update before it begins or, where none begins, the main thread in a moment."""
+
+    def interrupt() -> None:
+        if _delayed:
+            _delayed.clear()
+            _thread.interrupt_main()
+
+    if not _delayed:
+        _delayed.append(threading.Timer(0.05, interrupt))
+        _delayed[0].daemon = True
+        _delayed[0].start()
+
+
+def _raise_delayed_interrupt() -> None:
+    if _delayed and threading.current_thread() is threading.main_thread():
+        _delayed.pop().cancel()
+        raise KeyboardInterrupt
