@@ -1,6 +1,7 @@
 """`update` as its callers meet it: jitted, with errors that explain a lost state, and an interrupt that loses none."""
 
 import _thread
+import signal
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -101,7 +102,10 @@ def _delay_interrupt() -> None:
     def interrupt() -> None:
         if _delayed:
             _delayed.clear()
-            _thread.interrupt_main()
+            if hasattr(signal, "pthread_kill"):
+                signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
+            else:  # Windows, where it does not wake one that sleeps
+                _thread.interrupt_main()
 
     if not _delayed:
         _delayed.append(threading.Timer(0.05, interrupt))

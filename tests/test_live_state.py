@@ -88,7 +88,8 @@ def interrupted(trains: list[optloss.TrainOp], state: optloss.TrainState, after:
                 state, _ = train.update(state, 1.0)
 
     timer = threading.Timer(after, os.kill, (os.getpid(), signal.SIGINT))
-    pytest.raises(KeyboardInterrupt, loop)
+    with pytest.raises(KeyboardInterrupt):
+        loop()
     timer.join()
     return state
 
