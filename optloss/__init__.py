@@ -10,6 +10,7 @@
 them as one, the six optimizers have TF1's numbers, and the nine decays are functions of (learning_rate, global_step).
 """
 
+from optloss._checksums import checksums
 from optloss._clipping import AdaptiveClippingState, adaptive_clipping_fn, clip_by_global_norm
 from optloss._decay import (
     exponential_decay,
@@ -46,6 +47,7 @@ from optloss._optimizers import (
     sgd,
 )
 from optloss._pipeline import OptState
+from optloss._restore import restore
 from optloss._summaries import OPTIMIZER_SUMMARIES
 from optloss._train_state import TrainState
 from optloss._transformation import TransformationState, transformation
@@ -73,6 +75,7 @@ __all__ = [
     "adam",
     "adaptive_clipping_fn",
     "add_gradient_noise",
+    "checksums",
     "clip_by_global_norm",
     "cosine_decay",
     "cosine_decay_restarts",
@@ -91,6 +94,7 @@ __all__ = [
     "parameter_names",
     "piecewise_constant",
     "polynomial_decay",
+    "restore",
     "rmsprop",
     "scale_by_decayed_learning_rate",
     "sgd",

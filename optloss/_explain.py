@@ -50,7 +50,7 @@ class Explanation(NamedTuple):
         embed/table  (1000, 16)  float32  yes      embed/*         0.1   0.01    0 B
         steps        ()          int32    no                                     0 B
         <BLANKLINE>
-        2 parameters, 16,001 numbers, 64.0 kB; trained: 1, 16,000 numbers, 64.0 kB; slots 0 B, other state 20 B
+        2 parameters, 16,001 numbers, 64.0 kB; trained: 1, 16,000 numbers, 64.0 kB; slots 0 B, other state 124 B
 
     TF1 had no such thing. Optax has none.
     """
@@ -110,14 +110,21 @@ def _wrapped(line: str) -> str:
 _COLUMNS = ("parameter", "shape", "dtype", "trained", "key", "multiplier", "noise", "slots")
 _RIGHT = {"multiplier", "noise", "slots"}
 _MOST_LINES = 200
+_LONGEST_NAME = 100
 
 
 def _cells(row: _Parameter) -> tuple[str, ...]:
     numbers = ["" if value is None else _number(value) for value in (row.multiplier, row.noise)]
     return (
-        *(row.name, str(row.shape), row.dtype, "yes" if row.trained else "no", row.key or ""),
+        *(_printable(row.name), str(row.shape), row.dtype, "yes" if row.trained else "no", _printable(row.key or "")),
         *(*numbers, _bytes(row.slot_bytes)),
     )
+
+
+def _printable(name: str) -> str:
+    """A name that breaks no line, and of a very long one its ends."""
+    name = name if name.isprintable() else repr(name)[1:-1]
+    return name if len(name) <= _LONGEST_NAME else f"{name[: _LONGEST_NAME // 2]}...{name[-_LONGEST_NAME // 2 :]}"
 
 
 def _aligned(row: tuple[str, ...], widths: list[int]) -> list[str]:

@@ -24,6 +24,8 @@ __all__ = [
     "add_gradient_noise",
     "check_key",
     "check_noise_scale",
+    "indices",
+    "mix_words",
     "scoped_key",
 ]
 
@@ -203,12 +205,12 @@ def _add_mixed(
 ) -> jax.Array:
     # The name's words are an array that meets the step's before it is taken apart: as scalars they would be folded into
     # the program, and every leaf would have a kernel of its own to compile.
-    noise = _quantile(_mix(*_indices(leaf, shape, start), _mix_words(words ^ name)), factor.astype(jnp.float32))
+    noise = _quantile(_mix(*indices(leaf, shape, start), mix_words(words ^ name)), factor.astype(jnp.float32))
     dtype = compute_dtype(leaf.dtype)
     return (leaf.astype(dtype) + noise.astype(dtype)).astype(leaf.dtype)
 
 
-def _indices(leaf: jax.Array, shape: _Shape, start: _Start) -> tuple[jax.Array, jax.Array]:
+def indices(leaf: jax.Array, shape: _Shape, start: _Start) -> tuple[jax.Array, jax.Array]:
     """The place of each element in the row-major order of the whole, as low and high word, from iotas of its own shape.
 
     So each shard of an array makes its own; an index of the flattened array would be gathered.
@@ -219,7 +221,7 @@ def _indices(leaf: jax.Array, shape: _Shape, start: _Start) -> tuple[jax.Array, 
     stride, high_stride = 1, 1
     for axis in reversed(range(leaf.ndim)):
         if shape[axis] > 2**32:
-            raise ValueError(f"updates: got an array of shape {shape}; for noise, dimensions up to 2**32 would do.")
+            raise ValueError(f"updates: got an array of shape {shape}; dimensions up to 2**32 would do.")
         if shape[axis] == 1:
             continue
         place = jax.lax.broadcasted_iota(jnp.uint32, leaf.shape, axis, **given)
@@ -234,7 +236,7 @@ def _indices(leaf: jax.Array, shape: _Shape, start: _Start) -> tuple[jax.Array, 
     return low, high
 
 
-def _mix_words(x: jax.Array) -> jax.Array:
+def mix_words(x: jax.Array) -> jax.Array:
     """Mixes the bits of each word; a bijection."""
     x = (x ^ (x >> 16)) * np.uint32(0x7FEB352D)
     x = (x ^ (x >> 15)) * np.uint32(0x846CA68B)

@@ -13,6 +13,7 @@ from jax.typing import ArrayLike
 from optloss._axes import AxisNames, all_along, axes_along, check_param_specs, spec_leaves, varying_axes
 from optloss._check import check_choice
 from optloss._clipping import AdaptiveClippingState, ClipByFactor, ClipGradients, clip_stage
+from optloss._fingerprint import fingerprint
 from optloss._learning_rate import DecayFunction, check_decay, check_learning_rate, decayed_rate
 from optloss._multipliers import Multiplier, MultiplyByFactors, multiply_gradients
 from optloss._names import Variables, check_variables, parameter_names, select_parameters
@@ -49,6 +50,7 @@ class OptState(NamedTuple):
     clip: optax.OptState  # an AdaptiveClippingState for adaptive clipping
     optimizer: optax.OptState
     nonfinite_steps: jax.Array  # shape=(), int32: steps that changed nothing, since something was not finite
+    fingerprint: jax.Array  # shape=(settings, 2), uint32: of settings and parameters, for `restore`; never changes
 
 
 class StepResult(NamedTuple):
@@ -137,6 +139,7 @@ def init_stages(pipeline: Pipeline, params: optax.Params, key: ArrayLike | None)
     trained = keep(params, select_parameters(pipeline.variables, params))
     widest = compute_dtype(*(leaf.dtype for leaf in jax.tree.leaves(trained)))
     rate = None if pipeline.learning_rate is None else jnp.asarray(pipeline.learning_rate, widest)
+    any_rate: Any = None if rate is None else 1.0
     state = OptState(
         learning_rate=rate,
         noise=_init_noise(pipeline, trained, pipeline.key if key is None else key),
@@ -144,6 +147,7 @@ def init_stages(pipeline: Pipeline, params: optax.Params, key: ArrayLike | None)
         clip=optax.EmptyState() if pipeline.clip is None else pipeline.clip.init(trained),
         optimizer=pipeline.optimizer(rate).init(trained),
         nonfinite_steps=jnp.zeros((), jnp.int32),
+        fingerprint=jnp.asarray(fingerprint(pipeline.settings, pipeline.optimizer(any_rate), params)),
     )
     return OptState(*jax.tree.map(strong_array, tuple(state)))
 
@@ -225,7 +229,7 @@ def run_stages(
         max_norm=_max_norm(clip),
         nonfinite_steps=count,
     )
-    new_state = OptState(state.learning_rate, noise, multipliers, clip, optimizer_state, count)
+    new_state = OptState(state.learning_rate, noise, multipliers, clip, optimizer_state, count, state.fingerprint)
     return StepResult(updates, new_state, summarize(pipeline.summaries, pipeline.name, figures), finite)
 
 
@@ -387,6 +391,8 @@ def _check_name(name: str | None) -> str:
         raise TypeError(f"name: got {name!r} of type {type(name).__name__}; a string would do.")
     if not name:
         raise ValueError("name: got ''; a scope for the op's state and tags, or None for 'OptimizeLoss', would do.")
+    if not name.isprintable():  # it stands in tags and progress bars
+        raise ValueError(f"name: got {name!r}; printable characters would do.")
     return name
 
 

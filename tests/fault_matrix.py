@@ -47,7 +47,7 @@ class Outcomes:
             self.of[name] = report.outcome if self.of.get(name, "passed") == "passed" else self.of[name]
 
     def of_tests(self, tests: Iterable[str]) -> str:
-        """ "passed (3)" where all the tests of a row passed, else which did not."""
+        """How many tests of a row passed, where all did; else which did not."""
         found = {name: outcome for name, outcome in self.of.items() if any(_is_case(name, test) for test in tests)}
         missing = [test for test in tests if not any(_is_case(name, test) for name in found)]
         bad = [f"{name}: {outcome}" for name, outcome in found.items() if outcome != "passed"]

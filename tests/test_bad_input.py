@@ -100,6 +100,7 @@ AT_CONSTRUCTION = [
     ({"variables": {"w": "False"}}, TypeError, "variables: got 'False' among them"),
     ({"name": 3}, TypeError, "name: got 3 of type int"),
     ({"name": ""}, ValueError, "name: got ''"),
+    ({"name": "a\n\x1b[2J"}, ValueError, r"name: got 'a\\n\\x1b\[2J'; printable characters would do"),
     ({"summaries": "loss"}, ValueError, "summaries: got 'loss' of type str"),
     ({"summaries": [None]}, ValueError, "summaries: got None"),
     ({"summaries": ["loss", "bad_summary"]}, ValueError, "summaries: got 'bad_summary'"),
