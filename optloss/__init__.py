@@ -6,8 +6,20 @@
                                                              │        │
                                                  norm before ┘        └ norm after      = summaries
 
-`optimize_loss` is the call. Each stage is an Optax transformation that also stands alone, `transformation` is all of
-them as one, the six optimizers have TF1's numbers, and the nine decays are functions of (learning_rate, global_step).
+`optimize_loss` is the call, and makes a `TrainOp`; its steps take a `TrainState` and give a `TrainOutput`.
+
+    the pipeline, for loops that have gradients    transformation
+    each stage, for any `optax.chain`              add_gradient_noise, multiply_gradients, clip_by_global_norm,
+                                                   adaptive_clipping_fn, scale_by_decayed_learning_rate
+    optimizers, to TF1's numbers                   sgd, momentum, adagrad, adam, rmsprop, ftrl
+    decays: (learning_rate, global_step) -> rate   exponential_decay, natural_exp_decay, inverse_time_decay,
+                                                   piecewise_constant, polynomial_decay, cosine_decay,
+                                                   cosine_decay_restarts, linear_cosine_decay,
+                                                   noisy_linear_cosine_decay; from_schedule
+    seeing and keeping                             train.explain, global_norm, histogram, parameter_names,
+                                                   checksums, restore
+
+`from optloss import tensorboard, pictures` for logs, progress bars and pictures of a run.
 """
 
 from optloss._checksums import checksums

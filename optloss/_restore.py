@@ -147,7 +147,9 @@ def _compare_settings(part: _Part, old: Mapping[str, Any], refused: list[str], t
         if not np.any(now[..., row, 0] != was[..., row, 0]):
             continue
         before, after = (_shown(rows[..., row, 1]) for rows in (was, now))
-        change = f"{part.name}{setting}: saved with {before}, now {after}"
+        change = f"{part.name}{setting}: " + (
+            "it is not what it was" if before == after else f"saved with {before}, now {after}"
+        )
         if setting == "kind of optimizer":
             refused.append(f"{part.name}optimizer: another was saved; its slots mean something else")
         elif setting == "learning_rate":
@@ -159,7 +161,7 @@ def _compare_settings(part: _Part, old: Mapping[str, Any], refused: list[str], t
 def _shown(bits: Any) -> str:
     """A number whose bits a fingerprint has."""
     value = float(np.asarray(bits, np.uint32).reshape(-1)[:1].view(np.float32)[0])
-    return "another setting" if np.isnan(value) else f"{value:g}"
+    return "no number" if np.isnan(value) else f"{value:g}"
 
 
 def _difference(name: str, new: Any, old: Mapping[str, Any]) -> list[str]:

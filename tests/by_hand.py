@@ -1,10 +1,14 @@
 """One training loop three times: in TensorFlow 1, with optloss, and by hand with Flax and Optax.
 
-What the README counts is the lines between `# begin` and `# end`, without blanks and comments; `counts` counts them.
+    python tests/by_hand.py
+
+prints the table of the README. What it counts is the lines between `# begin` and `# end`, without blanks and comments.
 """
 
 import functools
+import html
 import inspect
+import textwrap
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, TypeAlias
 
@@ -128,15 +132,38 @@ def by_hand(loss: Loss, params: Any, batches: Iterable[Any], scale: float) -> St
         yield state, summaries
 
 
+def loops() -> dict[str, list[str]]:
+    """The code of each loop, without blanks, comments and indentation in common."""
+    sources = {"tf1": TF1, "ours": inspect.getsource(ours), "hand": inspect.getsource(by_hand)}
+    return {name: _lines(source) for name, source in sources.items()}
+
+
+def _lines(source: str) -> list[str]:
+    lines = source.splitlines()
+    begin, end = ([line.strip() for line in lines].index(f"# {mark}") for mark in ("begin", "end"))
+    code = [line for line in lines[begin + 1 : end] if line.strip() and line.strip()[0] != "#"]
+    return textwrap.dedent("\n".join(code)).splitlines()
+
+
 def counts() -> dict[str, int]:
-    """The lines of each loop that are code."""
-    return {
-        "tf1": _lines(TF1),
-        "ours": _lines(inspect.getsource(ours)),
-        "hand": _lines(inspect.getsource(by_hand)),
-    }
+    """The lines of each loop."""
+    return {name: len(lines) for name, lines in loops().items()}
 
 
-def _lines(source: str) -> int:
-    lines = [line.strip() for line in source.splitlines()]
-    return sum(line != "" and line[0] != "#" for line in lines[lines.index("# begin") + 1 : lines.index("# end")])
+def table() -> str:
+    """The table of the README."""
+    tf1, own, hand = (html.escape("\n".join(lines), quote=False) for lines in loops().values())
+    tf1, own, hand = (code.replace("|", "&#124;").replace("\n", "<br>") for code in (tf1, own, hand))
+    count = counts()
+    rows = [
+        "| | TensorFlow 1 | optloss | Flax and Optax, by hand |",
+        "| --- | --- | --- | --- |",
+        f"| lines | {count['tf1']} | {count['ours']} | {count['hand']} |",
+        "| steps that are not finite | destroy the parameters | are skipped and counted | are skipped and counted |",
+        f"| code | <pre>{tf1}</pre> | <pre>{own}</pre> | <pre>{hand}</pre> |",
+    ]
+    return "\n".join(rows)
+
+
+if __name__ == "__main__":
+    print(table())

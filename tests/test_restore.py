@@ -146,7 +146,7 @@ def test_the_state_of_a_transformation_comes_back_inside_a_flax_train_state() ->
 OP = "opt_states/OptimizeLoss/"
 
 
-OTHER = "saved with another setting, now another setting"
+OTHER = "it is not what it was"
 STAYS = "saved with 0.1, now 0.05; the saved rate goes on, since it is in the state"
 
 
