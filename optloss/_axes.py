@@ -8,6 +8,8 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
+from optloss._check import shown
+
 __all__ = [
     "AxisNames",
     "Block",
@@ -17,6 +19,7 @@ __all__ = [
     "block_of",
     "check_axis_name",
     "check_param_specs",
+    "is_inside_shard_map",
     "mean_of_losses",
     "mean_over",
     "parts",
@@ -40,8 +43,10 @@ def check_axis_name(axis_name: Any) -> AxisNames:
     if axis_name is None:
         return ()
     names = tuple(axis_name) if isinstance(axis_name, list | tuple) else (axis_name,)
-    if not all(isinstance(name, Hashable) for name in names):
-        raise TypeError(f"axis_name: got {axis_name!r}; the name of an axis, or a tuple of them, would do.")
+    if not all(isinstance(name, Hashable) and not isinstance(name, bool | int | float) for name in names):
+        raise TypeError(f"axis_name: got {shown(axis_name)}; the name of an axis, or a tuple of them, would do.")
+    if "" in names:
+        raise ValueError(f"axis_name: got {shown(axis_name)}; the name of an axis, or a tuple of them, would do.")
     return names
 
 
@@ -50,8 +55,8 @@ def check_param_specs(param_specs: Any) -> None:
     for leaf in jax.tree.leaves(param_specs, is_leaf=_is_spec):
         if not _is_spec(leaf):
             raise TypeError(
-                f"param_specs: got {leaf!r} of type {type(leaf).__name__}; a tree of PartitionSpecs, as `shard_map` "
-                "takes for the parameters, would do."
+                f"param_specs: got {shown(leaf)} of type {type(leaf).__name__}; a tree of PartitionSpecs, as "
+                "`shard_map` takes for the parameters, would do."
             )
 
 
@@ -191,6 +196,11 @@ def _is_in_scope(axis: Any) -> bool:
     except NameError:
         return False
     return True
+
+
+def is_inside_shard_map() -> bool:
+    """Whether arrays are parts here."""
+    return bool(jax.sharding.get_abstract_mesh().manual_axes)
 
 
 def _types_tell() -> bool:

@@ -1,8 +1,10 @@
 """Early errors: each names the argument, what came and what would do."""
 
 import difflib
+import functools
 import inspect
 import math
+import reprlib
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -14,11 +16,14 @@ from jax.typing import ArrayLike
 __all__ = [
     "check_arity",
     "check_choice",
+    "check_flag",
     "check_number",
     "describe",
     "did_you_mean",
     "is_real",
+    "named_call",
     "shape_of_call",
+    "shown",
 ]
 
 
@@ -52,7 +57,7 @@ def check_number(
         raise wrong_type(f"{argument}: got a traced {value.aval.str_short()}; {expected} would do.")
     is_array = isinstance(value, np.ndarray | np.generic | jax.Array) and is_real(value.dtype)
     if isinstance(value, bool) or not (is_array or isinstance(value, int | float)):
-        raise wrong_type(f"{argument}: got {value!r} of type {type(value).__name__}; {expected} would do.")
+        raise wrong_type(f"{argument}: got {shown(value)} of type {type(value).__name__}; {expected} would do.")
     if getattr(value, "shape", ()) != ():
         raise wrong_type(f"{argument}: got an array of shape {getattr(value, 'shape', ())}; {expected} would do.")
     try:
@@ -67,8 +72,24 @@ def check_number(
         and (at_most is None or number <= at_most)
     )
     if not fits:
-        raise ValueError(f"{argument}: got {value!r}; {expected} would do.")
+        raise ValueError(f"{argument}: got {shown(value)}; {expected} would do.")
     return number
+
+
+_SHORT = reprlib.Repr()
+_SHORT.maxstring = _SHORT.maxother = 120
+
+
+def shown(value: object) -> str:
+    """What came, for a message: its repr where that is short, and where it has one."""
+    return _SHORT.repr(value)
+
+
+def check_flag(argument: str, flag: object) -> bool:
+    """Returns a flag; raises a TypeError where it is no boolean."""
+    if not isinstance(flag, bool):
+        raise TypeError(f"{argument}: got {shown(flag)} of type {type(flag).__name__}; True or False would do.")
+    return flag
 
 
 def _expected(at_least: float | None, above: float | None, at_most: float | None, *, infinite: bool) -> str:
@@ -89,7 +110,7 @@ def check_choice(argument: str, value: object, choices: Iterable[str]) -> str:
     choices = list(choices)
     if not isinstance(value, str) or value not in choices:
         hint = did_you_mean(value, choices)
-        raise ValueError(f"{argument}: got {value!r}.{hint} One of {', '.join(choices)} would do.")
+        raise ValueError(f"{argument}: got {shown(value)}.{hint} One of {', '.join(choices)} would do.")
     return value
 
 
@@ -105,7 +126,7 @@ def did_you_mean(word: object, choices: Iterable[str]) -> str:
 
 def describe(function: Callable[..., Any]) -> str:
     """The name of a function with the file and line where it stands."""
-    name = getattr(function, "__qualname__", None) or repr(function)
+    name = getattr(function, "__qualname__", None) or shown(function)
     code = getattr(function, "__code__", None)
     return f"{name} ({code.co_filename}:{code.co_firstlineno})" if code else name
 
@@ -129,9 +150,16 @@ def shape_of_call(argument: str, function: Callable[..., Any], *args: ArrayLike 
 
     Whatever the function raises comes out as a TypeError or ValueError that names `argument`.
     """
+    return named_call(argument, functools.partial(jax.eval_shape, function), *args, name=describe(function))
+
+
+def named_call(argument: str, function: Callable[..., Any], *args: Any, name: str | None = None, **kwargs: Any) -> Any:
+    """Calls a user's function; whatever it raises comes out as a TypeError or ValueError that names `argument`."""
     try:
-        return jax.eval_shape(function, *args)
+        return function(*args, **kwargs)
     except Exception as error:
+        if str(error).startswith(f"{argument}:"):  # our own
+            raise
         kind = ValueError if isinstance(error, ValueError) else TypeError
-        first_line = str(error).split("\n", 1)[0]
-        raise kind(f"{argument}: {describe(function)} raised {type(error).__name__}: {first_line}") from error
+        first_line = str(error).split("\n", 1)[0][:300].replace("DynamicJaxprTracer", "traced array")
+        raise kind(f"{argument}: {name or describe(function)} raised {type(error).__name__}: {first_line}") from error

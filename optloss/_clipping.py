@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike
 
-from optloss._check import check_arity, check_number, describe
+from optloss._check import check_arity, check_flag, check_number, describe, named_call
 from optloss._numerics import compute_dtype, global_norm, scale_tree
 
 __all__ = [
@@ -157,8 +157,7 @@ def adaptive_clipping_fn(
         ("report_summary", report_summary),
         ("skip_zero_norm", skip_zero_norm),
     ):
-        if not isinstance(flag, bool):
-            raise TypeError(f"{argument}: got {flag!r} of type {type(flag).__name__}; True or False would do.")
+        check_flag(argument, flag)
 
     def init_fn(params: optax.Params) -> AdaptiveClippingState:
         dtype = compute_dtype(*(leaf.dtype for leaf in jax.tree.leaves(params)))
@@ -195,7 +194,9 @@ def adaptive_clipping_fn(
         )
         return factor, new_state
 
-    return _clip_by_factor(init_fn, factor_fn, *_explain_adaptive(std_factor, decay, static_max_norm))
+    return _clip_by_factor(
+        init_fn, factor_fn, *_explain_adaptive(std_factor, decay, static_max_norm, bool(global_step))
+    )
 
 
 def _clip_by_factor(
@@ -232,9 +233,11 @@ def _explain_limit(limit: float | jax.Array) -> tuple[str, str]:
     return f"clip to norm {limit:g}", useless.get(limit, "")
 
 
-def _explain_adaptive(std_factor: Any, decay: Any, static_max_norm: Any) -> tuple[str, str]:
+def _explain_adaptive(std_factor: Any, decay: Any, static_max_norm: Any, counts: bool) -> tuple[str, str]:
     if isinstance(std_factor, jax.core.Tracer) or isinstance(decay, jax.core.Tracer):
         return "adaptive clip", ""
+    if decay == 1 and not counts:
+        return "adaptive clip", "decay=1 without global_step never moves the averages."
     largest = math.sqrt(decay / (1 - decay)) if decay < 1 else math.inf
     if std_factor <= largest:
         return "adaptive clip", ""
@@ -286,7 +289,7 @@ def _clip_pairs(function: PairsFunction) -> optax.GradientTransformationExtraArg
     ) -> tuple[optax.Updates, optax.EmptyState]:
         del extra_args
         leaves, treedef = jax.tree.flatten(updates)
-        result = function(list(zip(leaves, jax.tree.leaves(params), strict=True)))
+        result = named_call("clip_gradients", function, list(zip(leaves, jax.tree.leaves(params), strict=True)))
         try:
             clipped = [jnp.asarray(gradient) for gradient, _ in result]
         except (TypeError, ValueError) as error:
@@ -298,6 +301,11 @@ def _clip_pairs(function: PairsFunction) -> optax.GradientTransformationExtraArg
         if shapes != wanted:
             raise ValueError(
                 f"clip_gradients: {describe(function)} returned gradients of shapes {shapes}; it got {wanted}."
+            )
+        wrong = [str(x.dtype) for x in clipped if not jnp.issubdtype(x.dtype, jnp.floating)]
+        if wrong:
+            raise TypeError(
+                f"clip_gradients: {describe(function)} returned gradients of dtype {wrong[0]}; reals would do."
             )
         clipped = [new.astype(old.dtype) for new, old in zip(clipped, leaves, strict=True)]
         return jax.tree.unflatten(treedef, clipped), state

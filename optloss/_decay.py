@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
-from optloss._check import check_number
+from optloss._check import check_flag, check_number, is_real, shown
 
 __all__ = [
     "exponential_decay",
@@ -162,6 +162,8 @@ def piecewise_constant(
     del name
     if x is None:
         raise ValueError("global_step: got None; piecewise_constant wants an integer scalar.")
+    if not isinstance(boundaries, Sequence):
+        raise TypeError(f"boundaries: got {shown(boundaries)}; a list of integers would do.")
     if not boundaries or len(values) != len(boundaries) + 1:
         raise ValueError(
             f"values: got {len(values)} for {len(boundaries)} boundaries; one boundary or more, and one value more "
@@ -169,10 +171,10 @@ def piecewise_constant(
         )
     for i, boundary in enumerate(boundaries):
         if isinstance(boundary, bool) or not jnp.issubdtype(jnp.result_type(boundary), jnp.integer):
-            raise ValueError(f"boundaries: got {boundary!r}; integers would do, since steps are.")
+            raise ValueError(f"boundaries: got {shown(boundary)}; integers would do, since steps are.")
         if i > 0 and not isinstance(boundary, jax.core.Tracer) and not boundary > boundaries[i - 1]:
             raise ValueError(f"boundaries: got {list(boundaries)}; they must increase.")
-    rates = [_as_rate(check_number(f"values[{i}]", value)) for i, value in enumerate(values)]
+    rates = [_as_rate(f"values[{i}]", check_number(f"values[{i}]", value)) for i, value in enumerate(values)]
     rate = rates[-1]
     for boundary, value in zip(reversed(boundaries), reversed(rates[:-1]), strict=True):
         rate = jnp.where(x <= boundary, value, rate)
@@ -223,7 +225,7 @@ def polynomial_decay(
     rate, whole, fraction = rate_and_progress(learning_rate, global_step, "decay_steps", decay_steps)
     end = jnp.asarray(end_learning_rate, rate.dtype)
     left = 1 - jnp.minimum(whole + fraction, 1)
-    if cycle:
+    if check_flag("cycle", cycle):
         at_end = (fraction == 0) & (whole > 0)
         left = jnp.where(at_end, 0, (1 - fraction) / jnp.maximum(whole + 1, 1))
     return (rate - end) * left ** jnp.asarray(power, rate.dtype) + end
@@ -234,7 +236,7 @@ def _rate_and_periods(
 ) -> tuple[jax.Array, jax.Array]:
     """The rate, and how many times `decay_steps` have passed."""
     rate, whole, fraction = rate_and_progress(learning_rate, global_step, "decay_steps", decay_steps)
-    return rate, whole if staircase else whole + fraction
+    return rate, whole if check_flag("staircase", staircase) else whole + fraction
 
 
 def rate_and_progress(
@@ -246,8 +248,10 @@ def rate_and_progress(
     """
     if global_step is None:
         raise ValueError("global_step: got None; a decay wants an integer scalar.")
+    if isinstance(global_step, str) or not is_real(jnp.result_type(global_step)):
+        raise TypeError(f"global_step: got {shown(global_step)}; an integer scalar would do.")
     steps = check_number(argument, decay_steps, above=0)
-    rate = _as_rate(learning_rate)
+    rate = _as_rate("learning_rate", learning_rate)
     step = global_step if isinstance(global_step, int) else jnp.asarray(global_step)
     is_integer = isinstance(step, int) or jnp.issubdtype(step.dtype, jnp.integer)
     largest = np.inf if isinstance(step, int) else np.iinfo(step.dtype).max if is_integer else 0
@@ -258,7 +262,9 @@ def rate_and_progress(
     return rate, jnp.floor(periods), periods - jnp.floor(periods)
 
 
-def _as_rate(learning_rate: ArrayLike) -> jax.Array:
+def _as_rate(argument: str, learning_rate: ArrayLike) -> jax.Array:
+    if not isinstance(learning_rate, jax.Array | np.ndarray):  # whatever rates an array has, and its axes under vmap
+        check_number(argument, learning_rate)
     rate = jnp.asarray(learning_rate)
     is_array = isinstance(learning_rate, jax.Array | np.ndarray | np.generic)
     return rate if is_array and jnp.issubdtype(rate.dtype, jnp.floating) else rate.astype(jnp.float32)

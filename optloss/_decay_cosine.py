@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
-from optloss._check import check_number
+from optloss._check import check_number, shown
 from optloss._decay import rate_and_progress
 
 __all__ = ["cosine_decay", "cosine_decay_restarts", "linear_cosine_decay", "noisy_linear_cosine_decay"]
@@ -200,8 +200,10 @@ def noisy_linear_cosine_decay(
         Bello et al., Neural Optimizer Search with Reinforcement Learning, 2017.
     """
     del name
+    if not isinstance(key, int | np.integer | jax.Array):
+        raise TypeError(f"key: got {shown(key)} of type {type(key).__name__}; an integer or a typed key would do.")
     variance = check_number("initial_variance", initial_variance, at_least=0)
-    variance_decay = check_number("variance_decay", variance_decay)
+    variance_decay = check_number("variance_decay", variance_decay, at_least=0)
 
     def noise(rate: jax.Array, step: jax.Array) -> jax.Array:
         base = jax.random.key(key) if isinstance(key, int | np.integer) else key

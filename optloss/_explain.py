@@ -9,6 +9,7 @@ import numpy as np
 import optax
 
 from optloss._axes import AxisNames
+from optloss._check import shown
 from optloss._clipping import ClipByFactor
 from optloss._names import match_names, parameter_names, select_parameters
 from optloss._optimizer_forms import OPTIMIZER_CLS_NAMES
@@ -159,6 +160,11 @@ def explain_pipeline(pipeline: Pipeline, axes: AxisNames, params: Any) -> Explan
     Raises:
         ValueError: What `init` would raise.
     """
+    for leaf in jax.tree.leaves(params):
+        if not hasattr(leaf, "dtype") and not isinstance(leaf, int | float):
+            raise TypeError(
+                f"params: got {shown(leaf)} of type {type(leaf).__name__} among the leaves; shapes would do."
+            )
     params, state = jax.eval_shape(lambda params: (params, init_stages(pipeline, params, _any_key(pipeline))), params)
     selected = select_parameters(pipeline.variables, params)
     names, leaves = parameter_names(params), jax.tree.leaves(params)

@@ -5,10 +5,11 @@ from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.typing import ArrayLike
 
-from optloss._check import check_arity, check_number, describe, is_real, shape_of_call
+from optloss._check import check_arity, check_number, describe, is_real, shape_of_call, shown
 from optloss._numerics import compute_dtype, scale_tree
 
 __all__ = [
@@ -46,7 +47,7 @@ def from_schedule(schedule: optax.Schedule) -> DecayFunction:
     TF1 had no schedules. In Optax the schedule is given in place of the rate.
     """
     if not callable(schedule):
-        raise TypeError(f"schedule: got {schedule!r}; a function from step to rate would do.")
+        raise TypeError(f"schedule: got {shown(schedule)}; a function from step to rate would do.")
     check_arity("schedule", schedule, ["global_step"])
     return lambda learning_rate, global_step: learning_rate * schedule(global_step)
 
@@ -123,7 +124,10 @@ def decayed_rate(
 
 def check_learning_rate(argument: str, learning_rate: ArrayLike) -> ArrayLike:
     """Returns the rate, or raises the ValueError that TF1 raised for it, and for NaN and infinity."""
-    return check_number(argument, learning_rate, at_least=0, wrong_type=ValueError)
+    rate = check_number(argument, learning_rate, at_least=0, wrong_type=ValueError)
+    if isinstance(rate, float) and rate > float(np.finfo(np.float32).max):
+        raise ValueError(f"{argument}: got {rate!r}, which is infinite in float32; a smaller number would do.")
+    return rate
 
 
 def check_decay(argument: str, decay_fn: DecayFunction | None) -> None:
@@ -131,7 +135,7 @@ def check_decay(argument: str, decay_fn: DecayFunction | None) -> None:
     if decay_fn is None:
         return
     if not callable(decay_fn):
-        raise TypeError(f"{argument}: got {decay_fn!r}; a function of (learning_rate, global_step) would do.")
+        raise TypeError(f"{argument}: got {shown(decay_fn)}; a function of (learning_rate, global_step) would do.")
     check_arity(argument, decay_fn, ["learning_rate", "global_step"])
     scalar = jax.ShapeDtypeStruct((), jnp.float32), jax.ShapeDtypeStruct((), jnp.int32)
     result = shape_of_call(argument, decay_fn, *scalar)

@@ -9,7 +9,7 @@ import numpy as np
 import optax
 from jax.typing import ArrayLike
 
-from optloss._check import check_arity, check_number, shape_of_call
+from optloss._check import check_arity, check_number, is_real, shape_of_call, shown
 from optloss._names import match_names, parameter_names
 from optloss._numerics import compute_dtype
 
@@ -110,24 +110,26 @@ def check_multipliers(argument: str, multipliers: Mapping[str, Multiplier]) -> N
     """Raises what can be said of the multipliers before the parameters are known."""
     if not isinstance(multipliers, Mapping):
         raise TypeError(
-            f"{argument}: got {multipliers!r} of type {type(multipliers).__name__}; "
+            f"{argument}: got {shown(multipliers)} of type {type(multipliers).__name__}; "
             "a dict from names to factors would do."
         )
     for name, factor in multipliers.items():
         if not isinstance(name, str):
-            raise TypeError(f"{argument}: got the key {name!r}; the name of a parameter, or a pattern, would do.")
-        entry = f"{argument}[{name!r}]"
+            raise TypeError(f"{argument}: got the key {shown(name)}; the name of a parameter, or a pattern, would do.")
+        entry = f"{argument}[{shown(name)}]"
         if factor is None:
             raise ValueError(f"{entry}: None values not supported; a number, an array or a function of the step.")
         if callable(factor):
             check_arity(entry, factor, ["global_step"])
             shape = shape_of_call(entry, factor, jax.ShapeDtypeStruct((), jnp.int32))
-            if not jnp.issubdtype(getattr(shape, "dtype", np.dtype(object)), jnp.number):
+            if not is_real(getattr(shape, "dtype", np.dtype(object))):
                 raise ValueError(f"{entry}: the function returns {shape}; a number would do.")
         elif getattr(factor, "shape", None) in (None, ()):
             check_number(entry, factor)
+        elif not is_real(factor.dtype):  # type: ignore[union-attr]  # it has a shape
+            raise TypeError(f"{entry}: got {shown(factor)}; real numbers would do.")
         elif not isinstance(factor, jax.core.Tracer) and not np.all(np.isfinite(np.asarray(factor, np.float64))):
-            raise ValueError(f"{entry}: got {factor!r}; finite numbers would do.")
+            raise ValueError(f"{entry}: got {shown(factor)}; finite numbers would do.")
 
 
 def _check_shape(name: str, leaf: jax.Array, factor: Multiplier) -> None:

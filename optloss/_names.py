@@ -8,9 +8,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from optloss._check import did_you_mean
+from optloss._check import check_arity, did_you_mean, named_call, shown
 
-__all__ = ["Variables", "check_variables", "match_names", "parameter_names", "select_parameters"]
+__all__ = ["Variables", "check_like", "check_variables", "match_names", "parameter_names", "select_parameters"]
 
 Variables: TypeAlias = str | Sequence[str] | Callable[[str], bool] | Any  # the last: a tree of booleans
 
@@ -34,7 +34,7 @@ def parameter_names(params: Any) -> list[str]:
     names = [jax.tree_util.keystr(path, simple=True, separator="/") if path else "params" for path in _paths(params)]
     if len(set(names)) < len(names):
         twice = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"params: two parameters are named {twice!r}; rename one of them.")
+        raise ValueError(f"params: two parameters are named {shown(twice)}; rename one of them.")
     return names
 
 
@@ -53,6 +53,15 @@ def _is_box(node: Any) -> bool:
         kind.__name__ in ("Variable", "VariableState", "AxisMetadata") and kind.__module__.startswith("flax.")
         for kind in type(node).__mro__
     )
+
+
+def check_like(what: str, tree: Any, like: Any) -> None:
+    """Raises a ValueError that names the first array of a tree that is not as its like is."""
+    came, wanted = (dict(zip(parameter_names(each), jax.tree.leaves(each), strict=True)) for each in (tree, like))
+    for name in [*wanted, *came]:
+        shapes = [f"shape {np.shape(leaves[name])}" if name in leaves else "nothing" for leaves in (came, wanted)]
+        if shapes[0] != shapes[1]:
+            raise ValueError(f"{what} {shown(name)}: got {shapes[0]}; {shapes[1]} would do.")
 
 
 def match_names(argument: str, keys: Iterable[str], names: Sequence[str], *, all_match: bool = True) -> dict[str, str]:
@@ -74,7 +83,7 @@ def match_names(argument: str, keys: Iterable[str], names: Sequence[str], *, all
         used.update(hits)
         if name not in exact and len(hits) > 1:
             raise ValueError(
-                f"{argument}: {hits[0]!r} and {hits[1]!r} both match the parameter {name!r}; "
+                f"{argument}: {shown(hits[0])} and {shown(hits[1])} both match the parameter {shown(name)}; "
                 "name it in full, or narrow one of them."
             )
         if name not in exact and hits:
@@ -87,8 +96,8 @@ def match_names(argument: str, keys: Iterable[str], names: Sequence[str], *, all
 
 def _unknown_name(argument: str, key: str, names: Sequence[str]) -> str:
     kind = "matches" if "*" in key else "is named"
-    shown = ", ".join(repr(name)[1:61].rstrip("'") for name in names[:10]) + (", ..." if len(names) > 10 else "")
-    return f"{argument}: no parameter {kind} {key!r}.{did_you_mean(key, names)} Parameters: {shown}."
+    known = ", ".join(repr(name)[1:61].rstrip("'") for name in names[:10]) + (", ..." if len(names) > 10 else "")
+    return f"{argument}: no parameter {kind} {shown(key)}.{did_you_mean(key, names)} Parameters: {known}."
 
 
 def _matches(pattern: list[str], path: list[str]) -> bool:
@@ -120,19 +129,22 @@ def _part_matches(pattern: str, part: str) -> bool:
 
 def check_variables(variables: Variables | None) -> None:
     """Raises what can be said of `variables` before the parameters are known."""
-    if variables is None or callable(variables) or isinstance(variables, str):
+    if variables is None or isinstance(variables, str):
+        return
+    if callable(variables):
+        check_arity("variables", variables, ["name"])
         return
     leaves = jax.tree.leaves(variables)
     if not leaves:
         raise ValueError(
-            f"variables: No variables to optimize: got {variables!r}; names, patterns, a function of a name, "
+            f"variables: No variables to optimize: got {shown(variables)}; names, patterns, a function of a name, "
             "a tree of booleans, or None for all would do."
         )
     if all(isinstance(leaf, str) for leaf in leaves) and isinstance(variables, list | tuple):
         return
     for leaf in leaves:
         if not isinstance(leaf, bool | np.bool_):
-            raise TypeError(f"variables: got {leaf!r} among them; names alone or booleans alone would do.")
+            raise TypeError(f"variables: got {shown(leaf)} among them; names alone or booleans alone would do.")
 
 
 def select_parameters(variables: Variables | None, params: Any) -> list[bool]:
@@ -151,16 +163,23 @@ def select_parameters(variables: Variables | None, params: Any) -> list[bool]:
     for name, leaf, is_chosen, is_real in zip(names, leaves, chosen, real, strict=True):
         if is_chosen and jnp.issubdtype(leaf.dtype, jnp.complexfloating):
             raise TypeError(
-                f"params: {name!r} is {leaf.dtype}, whose gradient is not a direction of descent; keep the real and "
-                "the imaginary part as two parameters, or leave it out of `variables`."
+                f"params: {shown(name)} is {leaf.dtype}, whose gradient is not a direction of descent; keep the real "
+                "and the imaginary part as two parameters, or leave it out of `variables`."
             )
         if isinstance(variables, list | tuple) and name in variables and not is_real:
-            raise ValueError(f"variables: {name!r} is {leaf.dtype} and has no gradient; a real one would do.")
+            raise ValueError(f"variables: {shown(name)} is {leaf.dtype} and has no gradient; a real one would do.")
     selected = [a and b for a, b in zip(chosen, real, strict=True)]
     if not any(selected):
-        came = f"variables: got {variables!r}; " if names else "params: got a tree without arrays; "
+        came = f"variables: got {shown(variables)}; " if names else "params: got a tree without arrays; "
         raise ValueError(f"{came}No variables to optimize: none with a gradient is selected.")
     return selected
+
+
+def _is_chosen(variables: Callable[[str], Any], name: str) -> bool:
+    chosen = named_call("variables", variables, name)
+    if not isinstance(chosen, bool | np.bool_):
+        raise TypeError(f"variables: the function returned {shown(chosen)} for {shown(name)}; True or False would do.")
+    return bool(chosen)
 
 
 def _chosen(variables: Variables | None, params: Any, names: list[str]) -> list[bool]:
@@ -168,7 +187,7 @@ def _chosen(variables: Variables | None, params: Any, names: list[str]) -> list[
     if variables is None:
         return [True] * len(names)
     if callable(variables):
-        return [bool(variables(name)) for name in names]
+        return [_is_chosen(variables, name) for name in names]
     keys = [variables] if isinstance(variables, str) else variables
     if isinstance(keys, list | tuple) and all(isinstance(key, str) for key in keys):
         matched: set[str] = set()

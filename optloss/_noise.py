@@ -13,7 +13,7 @@ from jax.sharding import PartitionSpec
 from jax.typing import ArrayLike
 
 from optloss._axes import axes_along, block_of, check_param_specs, spec_leaves
-from optloss._check import check_arity, check_choice, check_number, shape_of_call
+from optloss._check import check_arity, check_choice, check_number, is_real, shape_of_call, shown
 from optloss._names import parameter_names
 from optloss._numerics import compute_dtype
 
@@ -130,7 +130,7 @@ def check_noise_scale(argument: str, scale: NoiseScale) -> None:
     if callable(scale):
         check_arity(argument, scale, ["global_step"])
         shape = shape_of_call(argument, scale, jax.ShapeDtypeStruct((), jnp.int32))
-        if getattr(shape, "shape", None) != () or not jnp.issubdtype(shape.dtype, jnp.number):
+        if getattr(shape, "shape", None) != () or not is_real(shape.dtype):
             raise ValueError(f"{argument}: the function returns {shape}; a scalar would do.")
     else:
         check_number(argument, scale, at_least=0)
@@ -138,15 +138,18 @@ def check_noise_scale(argument: str, scale: NoiseScale) -> None:
 
 def check_key(argument: str, key: ArrayLike) -> None:
     """Raises a TypeError or ValueError where `key` cannot become a key. Makes no array."""
+    is_array = isinstance(key, np.ndarray | jax.Array) and not isinstance(key, jax.core.Tracer)
+    if is_array and key.shape == () and jnp.issubdtype(key.dtype, jnp.integer):  # type: ignore[union-attr]
+        key = int(key)  # type: ignore[arg-type]  # an array of an integer
     if isinstance(key, int | np.integer) and not isinstance(key, bool):
         if not 0 <= int(key) < 2**64:
-            raise ValueError(f"{argument}: got {key!r}; an integer from 0 to 2**64 - 1 would do.")
+            raise ValueError(f"{argument}: got {shown(key)}; an integer from 0 to 2**64 - 1 would do.")
         return
     shape, dtype = getattr(key, "shape", None), getattr(key, "dtype", None)
     is_typed = dtype is not None and jnp.issubdtype(dtype, jax.dtypes.prng_key)
     is_seed = dtype is not None and not is_typed and jnp.issubdtype(dtype, jnp.integer)
     if not (is_typed and shape == ()) and not (is_seed and shape == ()) and not (dtype == jnp.uint32 and shape == (2,)):
-        came = f"{dtype} of shape {shape}" if dtype is not None else f"{key!r} of type {type(key).__name__}"
+        came = f"{dtype} of shape {shape}" if dtype is not None else f"{shown(key)} of type {type(key).__name__}"
         raise TypeError(f"{argument}: got {came}; an integer, one typed key or its data (uint32[2]) would do.")
 
 

@@ -8,20 +8,19 @@ import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike
 
+from optloss._agreement import check_agreement, check_state
 from optloss._axes import AxisNames, check_axis_name, mean_of_losses, mean_over, vary, varying_axes
-from optloss._check import describe
+from optloss._check import check_flag, describe, shown
 from optloss._clipping import ClipGradients
 from optloss._explain import Explanation, explain_pipeline
 from optloss._learning_rate import DecayFunction
 from optloss._multipliers import Multiplier
 from optloss._names import Variables, parameter_names, select_parameters
-from optloss._noise import NoiseScale
+from optloss._noise import NoiseScale, check_key
 from optloss._pipeline import (
     Pipeline,
     axes_of_params,
     build_pipeline,
-    check_agreement,
-    check_flag,
     dry_run,
     init_stages,
     initial_step,
@@ -32,7 +31,7 @@ from optloss._summaries import Summaries
 from optloss._train_state import TrainState, own, spread_over_mesh, unshared
 from optloss._transformation import PipelineTransformation, as_transformation
 from optloss._trees import choose, colocate, keep, keep_types, merge, shardings_of, still_finite
-from optloss._update import jit_update
+from optloss._update import check_alive, jit_update
 
 __all__ = ["TrainOp", "TrainOutput", "optimize_loss"]
 
@@ -224,15 +223,15 @@ def _check_settings(
     """Raises what can be said of the loss and its surroundings before it runs."""
     if not callable(loss):
         raise ValueError(
-            f"loss: got {loss!r} of type {type(loss).__name__}; a function (params, *args) -> scalar would do."
+            f"loss: got {shown(loss)} of type {type(loss).__name__}; a function (params, *args) -> scalar would do."
         )
     check_flag("has_aux", has_aux)
     if update_ops is not None:
         if not isinstance(update_ops, list | tuple):
-            raise TypeError(f"update_ops: got {update_ops!r}; a list of functions of the model state would do.")
+            raise TypeError(f"update_ops: got {shown(update_ops)}; a list of functions of the model state would do.")
         for op in update_ops:
             if not callable(op):
-                raise TypeError(f"update_ops: got {op!r} among them; functions of the model state would do.")
+                raise TypeError(f"update_ops: got {shown(op)} among them; functions of the model state would do.")
     return _Settings(loss, None if update_ops is None else tuple(update_ops), has_aux, check_axis_name(axis_name))
 
 
@@ -240,8 +239,11 @@ def _initial_state(
     pipeline: Pipeline, settings: _Settings, params: Any, model_state: Any, key: ArrayLike | None
 ) -> TrainState:
     """A new state, or the given one with this op's part."""
+    if key is not None:
+        check_key("key", key)
     if isinstance(params, TrainState):
         state = params
+        check_alive(state)
         if pipeline.name in state.opt_states:
             raise ValueError(
                 f"name: the state has an op named {pipeline.name!r} already; another name for this one would do."
@@ -274,15 +276,16 @@ def _check_state(pipeline: Pipeline, settings: _Settings, state: TrainState, arg
     jax.eval_shape(lambda state, args: _step(pipeline, alone, state, args, {}), state, args)
     selected = select_parameters(pipeline.variables, state.params)
     value = _loss_of_trained(alone, state.params, selected, state.model_state, args, {})
-    if not _depends(lambda trained: value(trained)[0], keep(state.params, selected)):
+    trained = keep(state.params, selected)
+    if not _depends(lambda one: jax.vjp(lambda trained: value(trained)[0], trained)[1](one), jnp.ones(())):
         names = [n for n, chosen in zip(parameter_names(state.params), selected, strict=True) if chosen]
         raise ValueError(
             f"loss: No gradients provided for any variable: {describe(settings.loss)} does not depend on {names}."
         )
 
 
-def _depends(function: Callable[[Any], jax.Array], argument: Any) -> bool:
-    """Whether the result of a function hangs on its argument, as far as its operations show."""
+def _depends(function: Callable[[Any], Any], argument: Any) -> bool:
+    """Whether a result of a function hangs on its argument, as far as its operations show."""
     jaxpr = jax.make_jaxpr(function)(argument).jaxpr
     reached = {id(variable) for variable in jaxpr.invars}
     for equation in jaxpr.eqns:
@@ -296,6 +299,9 @@ def _step(
 ) -> tuple[TrainState, TrainOutput]:
     """One training step."""
     opt_state = _with_op(pipeline, state).opt_states[pipeline.name]
+    check_state(pipeline, opt_state, state.params)
+    if pipeline.learning_rate_decay_fn is not None and state.global_step is None:
+        raise ValueError("state: it has no global_step, which learning_rate_decay_fn needs.")
     selected = select_parameters(pipeline.variables, state.params)
     trained = keep(state.params, selected)
     model_state = state.model_state
@@ -358,7 +364,12 @@ def _loss_of_trained(
 
     def value(trained: Any) -> tuple[jax.Array, tuple[Any, Any]]:
         states = () if model_state is None else (model_state,)
-        result = settings.loss(merge(trained, params, selected), *states, *args, **kwargs)
+        given = (merge(trained, params, selected), *states, *args)
+        try:
+            result = settings.loss(*given, **kwargs)
+        except Exception as error:
+            error.add_note(f"loss: {describe(settings.loss)} was called with {_brief(given)[:800]}")
+            raise
         loss, returned, aux = _take_apart(settings, result, model_state)
         _check_loss(settings, loss)
         if model_state is None or settings.update_ops is not None:

@@ -1,5 +1,6 @@
 """The forms in which an optimizer may be given: a name, a function of the rate, a transformation."""
 
+import functools
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Any, TypeAlias
@@ -9,7 +10,7 @@ import numpy as np
 import optax
 from jax.typing import ArrayLike
 
-from optloss._check import check_arity, describe, did_you_mean, shape_of_call
+from optloss._check import check_arity, describe, did_you_mean, named_call, shown
 from optloss._ftrl import ftrl
 from optloss._optimizers import adagrad, adam, momentum, rmsprop, sgd
 from optloss._rule import LearningRate
@@ -54,10 +55,12 @@ def optimizer_function(optimizer: Any, learning_rate: ArrayLike | None) -> Optim
             raise ValueError(
                 f"learning_rate: Learning rate is None, but should be specified if optimizer is string ({optimizer})."
             )
+        if optimizer in OPTIMIZER_CLS_NAMES and isinstance(learning_rate, float):
+            builder(learning_rate)  # Ftrl raises for 0
         return lambda rate: optax.with_extra_args_support(builder(rate))
     if not callable(optimizer):
         raise ValueError(
-            f"optimizer: Unrecognized optimizer: got {optimizer!r} of type {type(optimizer).__name__}; one of "
+            f"optimizer: Unrecognized optimizer: got {shown(optimizer)} of type {type(optimizer).__name__}; one of "
             f"{', '.join(OPTIMIZER_CLS_NAMES)}, an Optax name such as 'adamw', a GradientTransformation, or a "
             "function of "
             "the learning rate (of nothing where that is None) would do."
@@ -83,10 +86,11 @@ def _check_result(optimizer: Callable[..., Any], learning_rate: ArrayLike | None
     def traced(*rate: jax.Array) -> None:
         made.append(optimizer(*rate))
 
-    shape_of_call("optimizer", traced, *([] if learning_rate is None else [jax.ShapeDtypeStruct((), np.float32)]))
+    rate = [] if learning_rate is None else [jax.ShapeDtypeStruct((), np.float32)]
+    named_call("optimizer", functools.partial(jax.eval_shape, traced), *rate, name=describe(optimizer))
     if not isinstance(made[0], optax.GradientTransformation):
         raise ValueError(
-            f"optimizer: Unrecognized optimizer: {describe(optimizer)} returned {made[0]!r}; a function should "
+            f"optimizer: Unrecognized optimizer: {describe(optimizer)} returned {shown(made[0])}; a function should "
             "return a "
             "GradientTransformation."
         )
@@ -103,5 +107,5 @@ def _named(name: str) -> Callable[[Any], optax.GradientTransformation]:
     )
     raise ValueError(
         f"optimizer: Optimizer name should be one of [{', '.join(OPTIMIZER_CLS_NAMES)}] or of Optax's "
-        f"[{', '.join(_OPTAX_ALIASES)}], you provided {name!r}.{did_you_mean(name, known)}{optaxs}"
+        f"[{', '.join(_OPTAX_ALIASES)}], you provided {shown(name)}.{did_you_mean(name, known)}{optaxs}"
     )

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike
 
-from optloss._check import check_number
+from optloss._check import check_flag, check_number
 from optloss._numerics import sqrt
 from optloss._rule import (
     LARGEST_NORM,
@@ -109,6 +109,7 @@ def momentum(
         Sutskever et al., On the importance of initialization and momentum in deep learning, 2013.
     """
     decay = check_number("momentum", momentum, at_least=0)
+    check_flag("use_nesterov", use_nesterov)
 
     def init_fn(params: optax.Params) -> MomentumState:
         return MomentumState(slots(params, 0.0))
@@ -325,6 +326,7 @@ def rmsprop(
         Tieleman and Hinton, lecture 6.5 of Neural Networks for Machine Learning, 2012; Graves, Generating Sequences
         With Recurrent Neural Networks, 2013, for the centred form.
     """
+    check_flag("centered", centered)
     decay = check_number("decay", decay, at_least=0, at_most=1)
     mu = check_number("momentum", momentum, at_least=0)
     eps = check_number("epsilon", epsilon, above=0)

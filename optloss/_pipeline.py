@@ -10,17 +10,23 @@ import numpy as np
 import optax
 from jax.typing import ArrayLike
 
-from optloss._axes import AxisNames, all_along, axes_along, check_param_specs, spec_leaves, varying_axes
-from optloss._check import check_choice
+from optloss._axes import (
+    AxisNames,
+    all_along,
+    axes_along,
+    check_param_specs,
+    spec_leaves,
+    varying_axes,
+)
+from optloss._check import check_choice, check_flag, named_call, shown
 from optloss._clipping import AdaptiveClippingState, ClipByFactor, ClipGradients, clip_stage
 from optloss._fingerprint import fingerprint
 from optloss._learning_rate import DecayFunction, check_decay, check_learning_rate, decayed_rate
 from optloss._multipliers import Multiplier, MultiplyByFactors, multiply_gradients
-from optloss._names import Variables, check_variables, parameter_names, select_parameters
+from optloss._names import Variables, check_like, check_variables, parameter_names, select_parameters
 from optloss._noise import NOISE_GENERATORS, NoiseScale, add_gradient_noise, check_key, check_noise_scale, scoped_key
 from optloss._numerics import compute_dtype, leaf_norms, round_apart, scale_tree
 from optloss._optimizer_forms import OptimizerFunction, optimizer_function
-from optloss._processes import check_processes_agree, digest, fact_of_setting, facts_of_arrays, versions
 from optloss._rule import GuardedOptimizer
 from optloss._summaries import StepFigures, Summaries, check_summaries, summarize
 from optloss._trees import choose, is_inexact, keep, keep_types, still_finite, strong_array
@@ -31,8 +37,6 @@ __all__ = [
     "StepResult",
     "axes_of_params",
     "build_pipeline",
-    "check_agreement",
-    "check_flag",
     "dry_run",
     "init_stages",
     "initial_step",
@@ -144,12 +148,16 @@ def init_stages(pipeline: Pipeline, params: optax.Params, key: ArrayLike | None)
         learning_rate=rate,
         noise=_init_noise(pipeline, trained, pipeline.key if key is None else key),
         multipliers=pipeline.multiply.init(params),  # all of them: a multiplier may name what is not trained here
-        clip=optax.EmptyState() if pipeline.clip is None else pipeline.clip.init(trained),
-        optimizer=pipeline.optimizer(rate).init(trained),
+        clip=optax.EmptyState() if pipeline.clip is None else _named_init("clip_gradients", pipeline.clip, trained),
+        optimizer=_named_init("optimizer", pipeline.optimizer(rate), trained),
         nonfinite_steps=jnp.zeros((), jnp.int32),
         fingerprint=jnp.asarray(fingerprint(pipeline.settings, pipeline.optimizer(any_rate), params)),
     )
     return OptState(*jax.tree.map(strong_array, tuple(state)))
+
+
+def _named_init(argument: str, transformation: optax.GradientTransformation, params: optax.Params) -> Any:
+    return named_call(argument, transformation.init, params, name="its init")
 
 
 def _init_noise(pipeline: Pipeline, trained: optax.Params, key: ArrayLike | None) -> optax.OptState:
@@ -281,9 +289,26 @@ def _clip(
             return scale_tree(multiply(gradients), factor)
 
         return _Clipped(gradients, rescale, state, norm, norm * factor, [leaf * factor for leaf in leaves])
-    gradients, state = clip.update(multiply(gradients), state, params, **extra_args)
+    clipped, state = _named_update("clip_gradients", clip, multiply(gradients), state, params, extra_args)
+    check_like("clip_gradients: its gradient of", clipped, gradients)
+    gradients = clipped
     clipped_leaves, clipped_norm = norms(gradients)
     return _Clipped(gradients, lambda gradients: gradients, state, norm, clipped_norm, clipped_leaves)
+
+
+def _named_update(
+    argument: str,
+    transformation: optax.GradientTransformationExtraArgs,
+    gradients: optax.Updates,
+    state: optax.OptState,
+    params: optax.Params,
+    extra_args: dict[str, Any],
+) -> tuple[optax.Updates, optax.OptState]:
+    """An update whose errors name the argument."""
+    result = named_call(argument, transformation.update, gradients, state, params, name="its update", **extra_args)
+    if not isinstance(result, tuple) or len(result) != 2:
+        raise TypeError(f"{argument}: its update returned {type(result).__name__}; (updates, state) would do.")
+    return result
 
 
 def _is_wide(trees: Any) -> bool:
@@ -319,7 +344,8 @@ def _update_and_look(
 ) -> tuple[optax.Updates, optax.OptState, jax.Array]:
     """For any optimizer: makes the new state beside the old one, looks at it, and keeps one of them."""
     gradients = clipped.rescale(clipped.gradients)
-    updates, new = optimizer.update(gradients, state.optimizer, params, **extra_args)
+    updates, new = _named_update("optimizer", optimizer, gradients, state.optimizer, params, extra_args)
+    check_like("optimizer: its update of", updates, gradients)
     updates = jax.tree.map(lambda update, gradient: update.astype(gradient.dtype), updates, gradients)
     new = keep_types("optimizer", new, state.optimizer)
     applied = optax.apply_updates(params, updates)
@@ -346,33 +372,6 @@ def dry_run(
     return run_stages(pipeline, trained, state, trained, global_step, loss, jnp.ones((), bool), **extra)
 
 
-def check_agreement(
-    pipeline: Pipeline,
-    params: optax.Params,
-    state: OptState,
-    global_step: jax.Array | None,
-    key: ArrayLike | None,
-    model_state: Any = None,
-) -> None:
-    """Raises a ValueError where processes are about to train something else each: see `_processes`."""
-    arrays = (params, state, global_step, model_state)
-    if jax.process_count() == 1 or any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(arrays)):
-        return
-    shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), (params, state, global_step))
-    zero = jax.ShapeDtypeStruct((), jnp.float32)
-    program = jax.jit(lambda params, state, step, loss: tuple(dry_run(pipeline, params, state, step, loss)))
-    check_processes_agree(
-        {
-            "versions": versions(),
-            **{argument: fact_of_setting(value) for argument, value in pipeline.settings.items()},
-            "key of init": fact_of_setting(key),
-            **facts_of_arrays("params", params),
-            **facts_of_arrays("model_state", model_state),
-            "what functions among the settings do": digest(program.lower(*shapes, zero).as_text().encode()),
-        }
-    )
-
-
 def _noise_stage(
     scale: NoiseScale | None, generator: str, param_specs: Any
 ) -> Callable[[ArrayLike], optax.GradientTransformationExtraArgs] | None:
@@ -388,19 +387,12 @@ def _check_name(name: str | None) -> str:
     if name is None:
         return "OptimizeLoss"
     if not isinstance(name, str):
-        raise TypeError(f"name: got {name!r} of type {type(name).__name__}; a string would do.")
+        raise TypeError(f"name: got {shown(name)} of type {type(name).__name__}; a string would do.")
     if not name:
         raise ValueError("name: got ''; a scope for the op's state and tags, or None for 'OptimizeLoss', would do.")
     if not name.isprintable():  # it stands in tags and progress bars
-        raise ValueError(f"name: got {name!r}; printable characters would do.")
+        raise ValueError(f"name: got {shown(name)}; printable characters would do.")
     return name
-
-
-def check_flag(argument: str, flag: bool) -> bool:
-    """Returns a flag; raises a TypeError where it is no boolean."""
-    if not isinstance(flag, bool):
-        raise TypeError(f"{argument}: got {flag!r} of type {type(flag).__name__}; True or False would do.")
-    return flag
 
 
 def _check_global_step(global_step: ArrayLike | None) -> int | jax.Array | None:
@@ -411,7 +403,7 @@ def _check_global_step(global_step: ArrayLike | None) -> int | jax.Array | None:
     shape = np.shape(global_step)
     dtype = getattr(global_step, "dtype", np.dtype(int) if type(global_step) is int else None)
     if dtype is None or not jnp.issubdtype(dtype, jnp.integer):
-        raise TypeError(f"global_step: got {global_step!r}, which does not have integer type; {expected}")
+        raise TypeError(f"global_step: got {shown(global_step)}, which does not have integer type; {expected}")
     if shape != ():
         raise TypeError(f"global_step: got an array of shape {shape}, which is not scalar; {expected}")
     if isinstance(global_step, jax.core.Tracer):

@@ -101,12 +101,12 @@ def safe_below(largest_per_rate: float | None) -> Callable[[jax.Array, jax.Array
     """The test of an optimizer with slots, whose updates are at most `rate * largest_per_rate`; None if unknown."""
     if largest_per_rate is None:
         return None
-    return lambda rate, norm: (norm <= LARGEST_NORM) & (rate * largest_per_rate <= _LARGEST_UPDATE)
+    return lambda rate, norm: (norm <= LARGEST_NORM) & (jnp.abs(rate) * largest_per_rate <= _LARGEST_UPDATE)
 
 
 def safe_update(rate: jax.Array, norm: jax.Array) -> jax.Array:
     """The test of an optimizer without slots, whose updates are `rate` times the gradient."""
-    return rate * norm <= _LARGEST_UPDATE
+    return jnp.abs(rate) * norm <= _LARGEST_UPDATE
 
 
 def _scheduled(

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from optloss._axes import AxisNames
-from optloss._check import check_choice
+from optloss._check import check_choice, shown
 from optloss._histogram import Histogram, histogram_of_parts
 
 __all__ = ["OPTIMIZER_SUMMARIES", "StepFigures", "Summaries", "check_summaries", "summarize"]
@@ -47,9 +47,9 @@ def check_summaries(summaries: Sequence[str] | None) -> tuple[str, ...]:
     """Returns the summaries asked for; raises a ValueError where one is not known, as the original did."""
     if summaries is None:
         return _DEFAULT_SUMMARIES
-    if isinstance(summaries, str) or not isinstance(summaries, Sequence | set | frozenset):
+    if isinstance(summaries, str | bytes) or not isinstance(summaries, Sequence | set | frozenset):
         raise ValueError(
-            f"summaries: got {summaries!r} of type {type(summaries).__name__}; a list of names from "
+            f"summaries: got {shown(summaries)} of type {type(summaries).__name__}; a list of names from "
             f"OPTIMIZER_SUMMARIES, [{', '.join(OPTIMIZER_SUMMARIES)}], would do."
         )
     return tuple(check_choice("summaries", summary, OPTIMIZER_SUMMARIES) for summary in summaries)

@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from optloss._check import shown
 from optloss._pipeline import OptState
 from optloss._trees import strong_array
 
@@ -24,12 +25,18 @@ def own(argument: str, tree: Any) -> Any:
     """Copies of the arrays of a tree: the update donates its state, and what the user holds must stay alive."""
 
     def copy(leaf: Any) -> jax.Array:
+        reason: Exception | None = None
+        array: Any
         try:
-            return strong_array(jnp.array(leaf, copy=True))
-        except (TypeError, ValueError) as error:
+            array = strong_array(jnp.array(leaf, copy=True))
+        except Exception as error:  # of what a leaf can be, each fails in its own way
+            array, reason = None, error
+        if not isinstance(array, jax.Array):  # float0 comes back as something else
             raise TypeError(
-                f"{argument}: got {leaf!r} of type {type(leaf).__name__} among the leaves; arrays and numbers would do."
-            ) from error
+                f"{argument}: got {shown(leaf)} of type {type(leaf).__name__} among the leaves; arrays and numbers "
+                "would do."
+            ) from reason
+        return array
 
     return jax.tree.map(copy, tree)
 

@@ -8,18 +8,18 @@ import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike
 
+from optloss._agreement import check_agreement, check_state
+from optloss._check import check_flag, shown
 from optloss._clipping import ClipGradients
 from optloss._explain import Explanation, explain_pipeline
 from optloss._learning_rate import DecayFunction
 from optloss._multipliers import Multiplier
-from optloss._names import Variables, select_parameters
+from optloss._names import Variables, check_like, parameter_names, select_parameters
 from optloss._noise import NoiseScale
 from optloss._pipeline import (
     OptState,
     Pipeline,
     build_pipeline,
-    check_agreement,
-    check_flag,
     dry_run,
     init_stages,
     initial_step,
@@ -109,7 +109,9 @@ def transformation(
     TF1 had no such function. Unlike an `optax.chain`, frozen parameters are out of all of it and bad steps are skipped.
     """
     if update_ops:
-        raise ValueError(f"update_ops: got {update_ops!r}; a transformation has no model state: None or [] would do.")
+        raise ValueError(
+            f"update_ops: got {shown(update_ops)}; a transformation has no model state: None or [] would do."
+        )
     check_flag("colocate_gradients_with_ops", colocate_gradients_with_ops)
     pipeline = build_pipeline(
         global_step,
@@ -154,8 +156,11 @@ def as_transformation(pipeline: Pipeline, *, colocate_gradients: bool) -> Pipeli
     ) -> tuple[optax.Updates, TransformationState]:
         if params is None:
             raise ValueError("params: got None; the pipeline needs them: update(updates, state, params).")
+        if not isinstance(state, TransformationState):
+            raise TypeError(f"state: got {type(state).__name__}; the TransformationState that init gave would do.")
+        check_state(pipeline, state.opt_state, params)
         selected = select_parameters(pipeline.variables, params)
-        trained, gradients = keep(params, selected), keep(updates, selected)
+        trained, (gradients, are_trained) = keep(params, selected), _gradients_of(updates, params, selected)
         if colocate_gradients:
             gradients = colocate(gradients, shardings_of(trained))
         if value is not None:
@@ -173,8 +178,30 @@ def as_transformation(pipeline: Pipeline, *, colocate_gradients: bool) -> Pipeli
             new_step = choose(result.finite, new_step, step)
         # Not 0.0: adding that would make 0.0 of -0.0.
         nothing = jax.tree.map(lambda leaf: jnp.full_like(leaf, -0.0), updates)
-        return merge(result.updates, nothing, selected), TransformationState(new_step, result.state, result.summaries)
+        return merge(result.updates, nothing, are_trained), TransformationState(
+            new_step, result.state, result.summaries
+        )
 
     face = PipelineTransformation(init_fn, update_fn)
     face.explain = lambda params: explain_pipeline(pipeline, (), params)
     return face
+
+
+def _gradients_of(updates: optax.Updates, params: optax.Params, selected: list[bool]) -> tuple[Any, list[bool]]:
+    """The gradients of the trained parameters, in their tree, and which of the updates they are.
+
+    Raises:
+        ValueError: One is missing, or has another shape than its parameter.
+        TypeError: One is not real.
+    """
+    trained, names = keep(params, selected), parameter_names(params)
+    chosen = {name for name, is_trained in zip(names, selected, strict=True) if is_trained}
+    given = dict(zip(parameter_names(updates), jax.tree.leaves(updates), strict=True))
+    check_like("updates: the gradient of", {name: given[name] for name in given if name in chosen}, trained)
+    for name, leaf in given.items():
+        if name not in names:
+            raise ValueError(f"updates: there is a gradient of {shown(name)}, and no such parameter.")
+        if name in chosen and not jnp.issubdtype(leaf.dtype, jnp.floating):
+            raise TypeError(f"updates: the gradient of {shown(name)} is {leaf.dtype}; a real one would do.")
+    gradients = jax.tree.unflatten(jax.tree.structure(trained), [given[name] for name in names if name in chosen])
+    return gradients, [name in chosen for name in given]

@@ -8,7 +8,7 @@ from typing import Any
 
 import jax
 
-__all__ = ["jit_update"]
+__all__ = ["check_alive", "jit_update"]
 
 Step = Callable[[Any, Any, tuple[Any, ...], dict[str, Any]], Any]  # of static settings, state, args and kwargs
 
@@ -48,7 +48,8 @@ def jit_update(step: Step, static: Callable[[Any], Any]) -> Callable[..., Any]:
                 raise
             _delay_interrupt()
         except (RuntimeError, ValueError) as error:
-            _raise_if_used(error, state)
+            if "has been deleted" in str(error) or "deleted or donated" in str(error):
+                check_alive(state)
             _explain(error, state)
             raise
         while True:
@@ -74,9 +75,9 @@ def _is_lost(state: Any) -> bool:
     return any(not isinstance(leaf, jax.core.Tracer) and leaf.is_deleted() for leaf in leaves)
 
 
-def _raise_if_used(error: Exception, state: Any) -> None:
-    """Raises a ValueError where the error is JAX's about a state that was donated before."""
-    if _is_lost(state) and ("has been deleted" in str(error) or "deleted or donated" in str(error)):
+def check_alive(state: Any) -> None:
+    """Raises a ValueError where a state was donated."""
+    if _is_lost(state):
         raise ValueError(
             "state: it was given to an update before, which wrote the next state over it. Go on with what that "
             f"update returned: state, output = train.update(state, ...). {_KEEP}"

@@ -12,13 +12,14 @@ PACKAGE = Path(optloss.__file__).parent
 
 # A module imports only from rows above its own; `_numerics` and `_names` may use `_check`, and so on down.
 ROWS = [
-    ["_axes", "_check", "_update"],
+    ["_check", "_update"],
+    ["_axes"],
     ["_names", "_numerics", "_trees"],
     ["_rule", "_histogram", "_processes", "_fingerprint"],
     ["_noise", "_multipliers", "_clipping", "_decay", "_learning_rate", "_optimizers", "_ftrl", "_summaries"],
     ["_decay_cosine", "_optimizer_forms", "_checksums"],
     ["_pipeline"],
-    ["_explain", "_restore"],
+    ["_agreement", "_explain", "_restore"],
     ["_transformation", "_train_state"],
     ["_optimize_loss"],
     ["__init__", "pictures", "tensorboard"],

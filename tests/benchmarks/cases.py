@@ -42,6 +42,8 @@ def plans(quick: bool) -> dict[str, Plan]:
         found[f"truncated, {name}"] = truncated(shapes, rounds)
         found[f"quiet, {name}"] = steps(shapes, False, True, rounds)
         found[f"plain, {name}"] = steps(shapes, False, False, rounds)
+    for name, noisy_step in (("with noise", True), ("without noise", False)):
+        found[f"guard, {name}"] = guards(models["10M in 10"], noisy_step, rounds)
     found["transformation"] = transformations(models["10M in 10"], rounds)
     found["call"] = step_calls(calls, rounds)
     found["call, list"] = list_calls(calls, rounds)
@@ -60,6 +62,17 @@ def steps(shapes: Shapes, noise: bool, in_scan: bool, rounds: int) -> Plan:
             "optloss": (jax_contenders.optloss_step, (shapes, noise, in_scan)),
             "Optax chain": (jax_contenders.optax_step, (shapes, noise, in_scan)),
             "PyTorch": (torch_contenders.torch_step, (shapes, "normal" if noise else None)),
+        },
+        rounds,
+    )
+
+
+def guards(shapes: Shapes, noise: bool, rounds: int) -> Plan:
+    """Steps that are skipped where something is not finite, against the same that are applied all the same."""
+    return Plan(
+        {
+            "limit": (jax_contenders.optloss_step, (shapes, noise, True, "apply")),
+            "optloss": (jax_contenders.optloss_step, (shapes, noise, True, "skip")),
         },
         rounds,
     )

@@ -42,10 +42,10 @@ def given(params: Any, gradients: Any) -> jax.Array:
 given.defvjp(lambda params, gradients: (jnp.zeros(()), gradients), lambda gradients, _: (gradients, None))
 
 
-def optloss_step(shapes: Sequence[tuple[int, ...]], noise: bool, in_scan: bool) -> Contender:
+def optloss_step(shapes: Sequence[tuple[int, ...]], noise: bool, in_scan: bool, nonfinite: str = "skip") -> Contender:
     """`train.update`, with every norm."""
     params = zeros(shapes)
-    train = optloss.optimize_loss(given, 0, RATE, "Adam", **settings(params, noise))
+    train = optloss.optimize_loss(given, 0, RATE, "Adam", nonfinite=nonfinite, **settings(params, noise))
     return training_step(train.update, train.init(params), in_scan)
 
 

@@ -122,6 +122,8 @@ ROWS = {
     "plain-3m-3000": Row("without noise, 3M in 3,000", "<= 15", ("plain, 3M in 3,000",), ratios),
     "compile-300": Row("compile, full step, 300 arrays", "<= 6 s", ("compile, 10M in 300",), compilations),
     "compile-3000": Row("compile, full step, 3,000 arrays", "<= 40 s", ("compile, 3M in 3,000",), compilations),
+    "guard": Row('guard of 10M in 10, full step; limit: nonfinite="apply"', "<= 1.03", ("guard, with noise",), ratios),
+    "guard-plain": Row("the same without noise", "<= 1.03", ("guard, without noise",), ratios),
     "transformation": Row(
         "full step as a transformation, updates returned, 10M in 10", NONE, ("transformation",), ratios
     ),
