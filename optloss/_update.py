@@ -13,7 +13,7 @@ __all__ = ["check_alive", "jit_update"]
 Step = Callable[[Any, Any, tuple[Any, ...], dict[str, Any]], Any]  # of static settings, state, args and kwargs
 
 
-def jit_update(step: Step, static: Callable[[Any], Any]) -> Callable[..., Any]:
+class jit_update:  # noqa: N801  # a function with a `lower`, as jit's; an attribute would go over to what wraps it
     """Jits a step, with its state donated, as a function `(state, *args, **kwargs)`.
 
     A state that was donated before, or by a step that failed, is told from JAX's other errors. Ctrl-C is an interrupt
@@ -23,25 +23,29 @@ def jit_update(step: Step, static: Callable[[Any], Any]) -> Callable[..., Any]:
         step: The step.
         static: What of a state the program is made for, as a hashable value.
     """
-    trees: list[Any] = []  # of what the step gave, one for each kind
 
-    def flat_step(
-        static: Any, state: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+    def __init__(self, step: Step, static: Callable[[Any], Any]) -> None:
+        """Compiles nothing."""
+        self._step, self._static = step, static
+        self._trees: list[Any] = []  # of what the step gave, one for each kind
+        self._jitted = jax.jit(self._flat_step, static_argnums=0, donate_argnums=1)
+
+    def _flat_step(
+        self, static: Any, state: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[list[jax.Array], list[None]]:
         """Leaves, and as many None as the number of their tree: these JAX puts together without running any Python."""
-        leaves, tree = jax.tree.flatten(step(static, state, args, kwargs))
-        if tree not in trees:
-            trees.append(tree)
-        return leaves, [None] * trees.index(tree)
+        leaves, tree = jax.tree.flatten(self._step(static, state, args, kwargs))
+        if tree not in self._trees:
+            self._trees.append(tree)
+        return leaves, [None] * self._trees.index(tree)
 
-    jitted = jax.jit(flat_step, static_argnums=0, donate_argnums=1)
-
-    def update(state: Any, *args: Any, **kwargs: Any) -> Any:
+    def __call__(self, state: Any, *args: Any, **kwargs: Any) -> Any:
+        """Steps."""
         _raise_delayed_interrupt()
         given: list[Any] = []
         try:
             # No bytecode from the call until its result is in the list, so that no interrupt falls in between.
-            given.extend(map(jitted, (static(state),), (state,), (args,), (kwargs,)))
+            given.extend(map(self._jitted, (self._static(state),), (state,), (args,), (kwargs,)))
         except KeyboardInterrupt as interrupt:
             if not given:
                 _explain(interrupt, state)
@@ -55,15 +59,15 @@ def jit_update(step: Step, static: Callable[[Any], Any]) -> Callable[..., Any]:
         while True:
             try:
                 leaves, number = given[0]
-                return jax.tree.unflatten(trees[len(number)], leaves)
+                return jax.tree.unflatten(self._trees[len(number)], leaves)
             except KeyboardInterrupt:
                 _delay_interrupt()
 
-    def lower(state: Any, *args: Any, **kwargs: Any) -> Any:
-        return jitted.lower(static(state), state, args, kwargs)
-
-    update.lower = lower  # type: ignore[attr-defined]  # as jit's own have it
-    return update
+    def lower(self, state: Any, *args: Any, **kwargs: Any) -> jax.stages.Lowered:
+        """The step for ahead-of-time compilation, as jit's: `lower(state, *args).compile()(state, *args)`."""
+        static = self._static(state)
+        whole = jax.jit(lambda state, *args, **kwargs: self._step(static, state, args, kwargs), donate_argnums=0)
+        return whole.lower(state, *args, **kwargs)
 
 
 _KEEP = "To keep a state, copy it before: kept = jax.tree.map(jnp.copy, state)."

@@ -20,7 +20,7 @@ TESTS = Path(__file__).parent
 class Row(NamedTuple):
     """One fault."""
 
-    number: str  # A1 to K8 of the matrix, F1 to F20 of the findings, with a letter where a row is told apart
+    number: str  # A1 to K8 of the matrix, 1 to 20 of the findings, with a letter where a row is told apart
     fault: str  # what came, in a few words
     outcome: str  # what optloss does then
     tests: tuple[str, ...] = ()  # "test_file.py::test_name" or, of one case alone, "test_file.py::test_name[case]"

@@ -74,6 +74,25 @@ def test_a_step_that_fails_while_it_runs_says_that_the_state_is_lost_and_how_to_
     build().update(kept, 1.0)
 
 
+def test_a_step_compiled_ahead_takes_the_arguments_of_update_and_names_one_of_another_type() -> None:
+    train = build(optimizer="SGD", loss=lambda params, x: jnp.sum(params["w"] * x))
+    state = train.init({"w": jnp.ones(3)})
+    compiled = train.update.lower(state, jnp.ones(3)).compile()  # type: ignore[attr-defined]
+    with pytest.raises(TypeError, match=r"float32\[3\] and called with float32\[4\]"):
+        compiled(state, jnp.ones(4))
+    state, _ = compiled(state, jnp.ones(3))
+    np.testing.assert_allclose(state.params["w"], 0.9)
+
+
+def test_what_jit_makes_of_update_has_jit_s_own_lower() -> None:
+    train = build()
+    state = train.init({"w": jnp.zeros(3)})
+    doubled = jax.jit(lambda state: train.update(state, 1.0)[0].params["w"] * 2)
+    assert doubled.lower(state).compile()(state).shape == (3,)
+    jitted = jax.jit(jax.vmap(train.update, in_axes=(None, 0)))
+    assert jitted.lower(state, jnp.ones(2)).compile()(state, jnp.ones(2))[1].loss.shape == (2,)
+
+
 # ---- Ctrl-C ----------------------------------------------------------------------------------------------------------
 
 

@@ -149,9 +149,7 @@ def test_arrays_at_the_end_of_32_bits_have_noise(shape: tuple[int, ...]) -> None
 def test_a_dimension_beyond_32_bits_is_an_error() -> None:
     stage = optloss.add_gradient_noise(1.0, 0)
     leaf = jax.ShapeDtypeStruct((2**33,), jnp.float32)
-    with pytest.raises(
-        ValueError, match=r"updates: got an array of shape \(8589934592,\); dimensions up to"
-    ):
+    with pytest.raises(ValueError, match=r"updates: got an array of shape \(8589934592,\); dimensions up to"):
         jax.eval_shape(lambda leaf: stage.update(leaf, stage.init(leaf))[0], leaf)
 
 
