@@ -114,13 +114,14 @@ def check_choice(argument: str, value: object, choices: Iterable[str]) -> str:
     return value
 
 
-_LONGEST_HINT = 100  # the matching takes the third power of the length
+_LONGEST_HINT = 60  # the matching takes the third power of the length
+_MOST_HINTS = 200
 
 
 def did_you_mean(word: object, choices: Iterable[str]) -> str:
     """A sentence with the nearest of `choices`, or nothing where none is near."""
     folded = {choice.casefold(): choice for choice in choices if len(choice) <= _LONGEST_HINT}
-    near = difflib.get_close_matches(str(word)[:_LONGEST_HINT].casefold(), list(folded)[:1000], n=1, cutoff=0.5)
+    near = difflib.get_close_matches(str(word)[:_LONGEST_HINT].casefold(), list(folded)[:_MOST_HINTS], n=1, cutoff=0.5)
     return f" Did you mean {folded[near[0]]!r}?" if near else ""
 
 

@@ -99,14 +99,23 @@ def cosine_decay_restarts(
     check_number("alpha", alpha)
     rate, period, fraction = rate_and_progress(learning_rate, global_step, "first_decay_steps", first_decay_steps)
     if not (isinstance(t_mul, float) and t_mul == 1):
-        growth = jnp.asarray(t_mul, rate.dtype)
-        periods = period + fraction
-        exponent = jnp.log(1 - periods * (1 - growth)) / jnp.log(growth)
-        # At a restart rounded logarithms may fall short of the whole number.
-        period = jnp.floor(exponent + 4 * jnp.finfo(rate.dtype).eps * (1 + exponent))
-        before = (1 - growth**period) / (1 - growth)
-        fraction = jnp.clip((periods - before) / growth**period, 0, 1)
+        period, fraction = _growing_period(period, fraction, jnp.asarray(t_mul, rate.dtype))
     return _cosine(rate, fraction, jnp.asarray(m_mul, rate.dtype) ** period, alpha)
+
+
+def _growing_period(whole: jax.Array, fraction: jax.Array, growth: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Which period it is, each `growth` times as long as the one before, and how much of it is over."""
+    eps, periods = jnp.finfo(growth.dtype).eps, whole + fraction
+    exponent = jnp.log(1 - periods * (1 - growth)) / jnp.log(growth)
+    # At a restart rounded logarithms may fall short of the whole number; where they go beyond it, it is one less.
+    period = jnp.floor(exponent + 4 * eps * (1 + exponent))
+    is_integer = growth == jnp.floor(growth)
+    start = (1 - growth**period) / (1 - growth)
+    is_early = jnp.where(is_integer, whole < jnp.round(start), periods < start * (1 - 4 * eps))
+    period = period - is_early
+    start = (1 - growth**period) / (1 - growth)
+    start = jnp.where(is_integer, jnp.round(start), start)
+    return period, jnp.clip(((whole - start) + fraction) / growth**period, 0, 1)
 
 
 def linear_cosine_decay(

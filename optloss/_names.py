@@ -78,8 +78,9 @@ def match_names(argument: str, keys: Iterable[str], names: Sequence[str], *, all
     patterns = [key for key in keys if key not in known]
     matched = {name: name for name in exact}
     used = set(exact)
+    parts = {pattern: _parts(pattern) for pattern in patterns}
     for name in names:
-        hits = [pattern for pattern in patterns if _matches(pattern.split("/"), name.split("/"))]
+        hits = [pattern for pattern in patterns if _matches(parts[pattern], name.split("/"))]
         used.update(hits)
         if name not in exact and len(hits) > 1:
             raise ValueError(
@@ -98,6 +99,12 @@ def _unknown_name(argument: str, key: str, names: Sequence[str]) -> str:
     kind = "matches" if "*" in key else "is named"
     known = ", ".join(repr(name)[1:61].rstrip("'") for name in names[:10]) + (", ..." if len(names) > 10 else "")
     return f"{argument}: no parameter {kind} {shown(key)}.{did_you_mean(key, names)} Parameters: {known}."
+
+
+def _parts(pattern: str) -> list[str]:
+    """The parts of a pattern; one `**` for several that follow each other."""
+    parts = pattern.split("/")
+    return [part for i, part in enumerate(parts) if not (part == "**" and parts[i - 1 : i] == ["**"])]
 
 
 def _matches(pattern: list[str], path: list[str]) -> bool:
