@@ -242,9 +242,9 @@ RUNNING: list[Row] = [
     ),
     Row(
         "D1b",
-        "cosine_decay_restarts with growing periods, from some 250,000 steps on",
-        "a restart comes early by up to 1e-5 of the step",
-        why_not="its period is found by logarithms in float32, as TF1's was, with a margin against restarts too late",
+        "cosine_decay_restarts with growing periods, hundreds of thousands of steps on",
+        "a restart comes at its very step, up to 2**24 first periods",
+        _of("decay", "restarts_come_at_their_very_step_however_late"),
     ),
     Row(
         "D2",
