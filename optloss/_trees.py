@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from optloss._axes import vary, varying_axes
+from optloss._check import named_call, shown
 
 __all__ = [
     "choose",
@@ -106,8 +107,8 @@ def keep_types(argument: str, new: Any, old: Any) -> Any:
     if new_tree != old_tree:
         raise TypeError(f"{argument}: its state changes from {old_tree} to {new_tree} in a step; it must stay.")
 
-    def convert(a: jax.Array, b: jax.Array) -> jax.Array:
-        a = jnp.asarray(a)
+    def convert(a: Any, b: jax.Array) -> jax.Array:
+        a = named_call(argument, jnp.asarray, a, name=f"asarray({shown(a)})")
         if a.shape != b.shape or (a.dtype != b.dtype and not (is_inexact(a) and is_inexact(b))):
             raise TypeError(
                 f"{argument}: its state changes from {jax.typeof(b)} to {jax.typeof(a)} in a step; it must stay."
