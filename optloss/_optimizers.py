@@ -239,8 +239,9 @@ def adam(
     b1 = check_number("beta1", beta1, at_least=0, at_most=1)
     b2 = check_number("beta2", beta2, at_least=0, at_most=1)
     eps = check_number("epsilon", epsilon, at_least=0)
-    if 1.0 in (b1, b2):
-        raise ValueError(f"{'beta1' if b1 == 1.0 else 'beta2'}: got 1; a finite number >= 0 and < 1 would do.")
+    for argument, beta in (("beta1", b1), ("beta2", b2)):
+        if isinstance(beta, float) and beta == 1:
+            raise ValueError(f"{argument}: got 1; a finite number >= 0 and < 1 would do.")
 
     def init_fn(params: optax.Params) -> AdamState:
         powers = jnp.asarray(b1, jnp.float32), jnp.asarray(b2, jnp.float32)
