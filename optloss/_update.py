@@ -63,6 +63,10 @@ class jit_update:  # noqa: N801  # a function with a `lower`, as jit's; an attri
             except KeyboardInterrupt:
                 _delay_interrupt()
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> "jit_update":
+        """Itself, as of functions."""
+        return self
+
     def lower(self, state: Any, *args: Any, **kwargs: Any) -> jax.stages.Lowered:
         """The step for ahead-of-time compilation, as jit's: `lower(state, *args).compile()(state, *args)`."""
         static = self._static(state)
