@@ -72,7 +72,7 @@ def restore(state: Any, saved: Any, checksums: Mapping[str, str] | None = None) 
     loose = tuple(f"{part.name}{stage}" for part in parts for stage in _STAGES)
     figures = tuple(f"{part.name.removesuffix('opt_state/')}summaries/" for part in parts)  # of a TransformationState
     fresh.update(name for name in new if name.startswith(figures) and _difference(name, new[name], old))
-    for name in new.keys() - fresh:
+    for name in sorted(new.keys() - fresh):
         refused.extend(_difference(name, new[name], old))
     for name in sorted(old.keys() - new.keys()):
         if name.startswith(loose) or (name.startswith("opt_states/") and not name.startswith(own)):
@@ -80,7 +80,7 @@ def restore(state: Any, saved: Any, checksums: Mapping[str, str] | None = None) 
         elif not name.startswith(figures):
             refused.append(f"{name}: it was saved, and is not in the state now")
     if refused:
-        raise ValueError(f"saved: it does not fit this state:\n  {_listed(sorted(refused))}")
+        raise ValueError(f"saved: it does not fit this state:\n  {_listed(refused)}")
     if told:
         warnings.warn(f"restore: what was saved is not all of this state:\n  {_listed(told)}", UserWarning, 2)
     leaves = [leaf if name in fresh else _like(old[name], leaf) for name, leaf in new.items()]
