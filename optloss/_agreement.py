@@ -8,9 +8,10 @@ import optax
 from jax.typing import ArrayLike
 
 from optloss._axes import is_inside_shard_map
+from optloss._fingerprint import fact
 from optloss._names import check_like
 from optloss._pipeline import OptState, Pipeline, dry_run, init_stages
-from optloss._processes import check_processes_agree, digest, fact_of_setting, facts_of_arrays, versions
+from optloss._processes import check_processes_agree, digest, facts_of_arrays, versions
 
 __all__ = ["check_agreement", "check_state"]
 
@@ -51,8 +52,8 @@ def check_agreement(
     check_processes_agree(
         {
             "versions": versions(),
-            **{argument: fact_of_setting(value) for argument, value in pipeline.settings.items()},
-            "key of init": fact_of_setting(key),
+            **{argument: fact(value) for argument, value in pipeline.settings.items()},
+            "key of init": fact(key),
             **facts_of_arrays("params", params),
             **facts_of_arrays("model_state", model_state),
             "what functions among the settings do": digest(program.lower(*shapes, zero).as_text().encode()),

@@ -12,7 +12,7 @@ import optax
 
 from optloss._names import parameter_names
 
-__all__ = ["FINGERPRINTED", "fingerprint"]
+__all__ = ["FINGERPRINTED", "fact", "fingerprint"]
 
 # One row each, in this order, which checkpoints know: rows may be added at the end, and never moved.
 FINGERPRINTED = (
@@ -34,9 +34,9 @@ def fingerprint(settings: Mapping[str, Any], optimizer: Any, params: Any) -> np.
         params: The parameters.
     """
     leaves = zip(parameter_names(params), jax.tree.leaves(params), strict=True)
-    facts = {name: _fact(settings[name], _DEEPEST) for name in FINGERPRINTED if name in settings}
-    facts["optimizer"] = _fact(optimizer, _DEEPEST)
-    facts["kind of optimizer"] = _fact(optimizer, _DEEPEST, with_numbers=False)
+    facts = {name: fact(settings[name]) for name in FINGERPRINTED if name in settings}
+    facts["optimizer"] = fact(optimizer)
+    facts["kind of optimizer"] = fact(optimizer, with_numbers=False)
     facts["params"] = "; ".join(f"{name} {leaf.dtype}{list(leaf.shape)}" for name, leaf in leaves)
     rows = [[_hash(facts[name].encode()), _number(settings.get(name))] for name in FINGERPRINTED]
     return np.array(rows, np.uint32)
@@ -60,15 +60,15 @@ def _is_number(value: Any) -> bool:
     return is_real and not isinstance(value, jax.core.Tracer) and np.shape(value) == ()
 
 
-def _fact(value: Any, depth: int, *, with_numbers: bool = True) -> str:
+def fact(value: Any, depth: int = _DEEPEST, *, with_numbers: bool = True) -> str:
     """What a setting is, in words that are the same in every process."""
     facts = functools.partial(_facts, depth=depth - 1, with_numbers=with_numbers)
     if depth == 0 or isinstance(value, jax.core.Tracer):
         return type(value).__name__
     if isinstance(value, Mapping):
-        return f"{{{facts(each for key in sorted(value, key=str) for each in (key, value[key]))}}}"
+        return f"{{{', '.join(f'{facts([key])}: {facts([value[key]])}' for key in sorted(value, key=str))}}}"
     if isinstance(value, optax.GradientTransformation):
-        return _fact(value.update, depth, with_numbers=with_numbers)
+        return fact(value.update, depth, with_numbers=with_numbers)
     if isinstance(value, list | tuple):
         return f"({facts(value)})"
     if isinstance(value, functools.partial):
@@ -76,7 +76,7 @@ def _fact(value: Any, depth: int, *, with_numbers: bool = True) -> str:
     if hasattr(value, "dtype") and jnp.issubdtype(value.dtype, jax.dtypes.prng_key):
         value = jax.random.key_data(value)
     if _is_number(value):
-        return repr(float(np.float32(float(value)))) if with_numbers else "number"
+        return _in_words(value) if with_numbers else "number"
     if isinstance(value, np.ndarray | jax.Array):
         array = np.asarray(value)
         return f"{array.shape} {array.dtype} {_hash(array.tobytes()) if with_numbers else ''}"
@@ -85,8 +85,15 @@ def _fact(value: Any, depth: int, *, with_numbers: bool = True) -> str:
     return f"{_name(value)}({facts(_inside(value, with_numbers))})" if callable(value) else type(value).__qualname__
 
 
+def _in_words(number: Any) -> str:
+    """An integer with all its digits, any other number as its float32; 1 and 1.0 are the same."""
+    if isinstance(number, int) or np.issubdtype(np.asarray(number).dtype, np.integer):
+        return str(int(number))
+    return str(np.float32(float(number))).removesuffix(".0")
+
+
 def _facts(values: Iterable[Any], depth: int, with_numbers: bool) -> str:
-    return ", ".join(_fact(value, depth, with_numbers=with_numbers) for value in values)
+    return ", ".join(fact(value, depth, with_numbers=with_numbers) for value in values)
 
 
 def _name(function: Callable[..., Any]) -> str:

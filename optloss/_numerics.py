@@ -180,8 +180,6 @@ def round_apart(tree: Any, count: jax.Array) -> Any:
     zero = count >> 31  # no compiler can know that
 
     def round_leaf(leaf: jax.Array) -> jax.Array:
-        if not jnp.issubdtype(leaf.dtype, jnp.floating):
-            return leaf
         bits = jax.lax.bitcast_convert_type(leaf, jnp.dtype(f"int{8 * leaf.dtype.itemsize}"))
         return jax.lax.bitcast_convert_type(bits + zero.astype(bits.dtype), leaf.dtype)
 

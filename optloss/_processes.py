@@ -5,16 +5,16 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 
 from optloss._names import parameter_names
 
-__all__ = ["check_processes_agree", "digest", "fact_of_setting", "facts_of_arrays", "versions"]
+__all__ = ["check_processes_agree", "digest", "facts_of_arrays", "versions"]
 
 _HASH_SIZE = 16
 _SHOWN = 4  # entries of a fact, and facts, that a message has
+_LONGEST = 200  # characters of a fact
 
 
 def check_processes_agree(facts: Mapping[str, str]) -> None:
@@ -22,8 +22,6 @@ def check_processes_agree(facts: Mapping[str, str]) -> None:
 
     Every process has to call it, with the same names of facts: they wait for each other.
     """
-    if jax.process_count() == 1:
-        return
     from jax.experimental import multihost_utils  # slow to import, and for several processes alone
 
     def gather(rows: list[bytes], width: int) -> np.ndarray:
@@ -41,21 +39,6 @@ def check_processes_agree(facts: Mapping[str, str]) -> None:
         f"{name}: {_by_process([bytes(row).rstrip().decode() for row in texts[:, i]])}" for i, name in enumerate(names)
     ]
     raise ValueError("init: the processes do not agree, and would drift apart:\n  " + "\n  ".join(lines))
-
-
-def fact_of_setting(value: Any) -> str:
-    """A setting in words that are the same in every process that has the same setting; functions by their names."""
-    if isinstance(value, Mapping):
-        return str({name: fact_of_setting(entry) for name, entry in value.items()})
-    if isinstance(value, list | tuple) and not isinstance(value, optax.GradientTransformation):
-        return str([fact_of_setting(entry) for entry in value])
-    if isinstance(value, optax.GradientTransformation):
-        return "a transformation"
-    if hasattr(value, "dtype") and jnp.issubdtype(value.dtype, jax.dtypes.prng_key):
-        value = jax.random.key_data(value)
-    if hasattr(value, "dtype"):
-        return str(np.asarray(value).tolist()) if value.size <= _SHOWN else digest(np.asarray(value).tobytes())
-    return getattr(value, "__qualname__", None) or repr(value)
 
 
 def facts_of_arrays(argument: str, tree: Any) -> dict[str, str]:
@@ -100,4 +83,9 @@ def _by_process(facts: list[str]) -> str:
     owners: dict[str, list[str]] = {}
     for process, fact in enumerate(facts):
         owners.setdefault(fact, []).append(str(process))
-    return "; ".join(f"process {', '.join(own[:8])} has {fact}" for fact, own in list(owners.items())[:_SHOWN])
+    return "; ".join(f"process {', '.join(own[:8])} has {_cut(fact)}" for fact, own in list(owners.items())[:_SHOWN])
+
+
+def _cut(fact: str) -> str:
+    """A fact of at most a few lines."""
+    return fact if len(fact) <= _LONGEST else f"{fact[:_LONGEST]}... ({digest(fact.encode())})"

@@ -58,8 +58,6 @@ def draw_run(
     """
     values, at = _columns(history, steps, name)
     panels = [(draw, have) for draw, have in _PANELS if any(tag in values for tag in have)]
-    if not panels:
-        raise ValueError(f"history: got the tags {sorted(values)}, none of which can be drawn.")
     if figure is None:
         rows = (len(panels) + 1) // 2
         figure = Figure(figsize=(11, 1 + 3.2 * rows), layout="constrained")

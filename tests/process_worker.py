@@ -3,6 +3,7 @@
 python tests/process_worker.py PORT PROCESSES PROCESS DEVICES CASE
 """
 
+import functools
 import hashlib
 import json
 import sys
@@ -45,6 +46,22 @@ def train(kind: str, optimizer: str, clip: str) -> dict[str, Any]:
     }
 
 
+class Halving:
+    """A decay in which no function tells how fast."""
+
+    def __init__(self, factor: float) -> None:
+        """With the factor of ten steps."""
+        self.factor = factor
+
+    def __call__(self, rate: Any, step: Any) -> Any:
+        """The rate at a step."""
+        return optloss.exponential_decay(rate, step, 10, self.factor)
+
+
+def halving(factor: float, rate: Any, step: Any) -> Any:
+    return Halving(factor)(rate, step)
+
+
 def disagree(what: str) -> dict[str, Any]:
     """What `init` says where this process differs from the other."""
     own: dict[str, Any] = {"learning_rate": 0.1, "optimizer": "Adam", "clip_gradients": 1.0}
@@ -53,17 +70,21 @@ def disagree(what: str) -> dict[str, Any]:
         changed = {"rate": {"learning_rate": 0.2}, "clip": {"clip_gradients": 2.0}, "optimizer": {"optimizer": "SGD"}}
         own.update(changed.get(what, {}))
         first, key = (1.5, 0) if what == "parameters" else (1.0, 7 if what == "seed" else 0)
-    factor = 0.5 if what == "function" and jax.process_index() == 1 else 0.9
+    factor = 0.5 if what in ("function", "partial", "hidden") and jax.process_index() == 1 else 0.9
+    decays = {"partial": functools.partial(halving, factor), "hidden": Halving(factor)}
+    decays |= {"partial of equals": decays["partial"], "equal objects": decays["hidden"]}
     mesh = jax.make_mesh((jax.device_count(),), ("x",), axis_types=(AxisType.Auto,))
     sharding = NamedSharding(mesh, P())
     # As a user makes them who does not compare: each process puts its own copy where it belongs.
     shards = [jax.device_put(np.array([first, 2.0], np.float32), device) for device in jax.local_devices()]
     params = {"b": jnp.zeros(2), "w": jax.make_array_from_single_device_arrays((2,), sharding, shards)}
+    if what == "structure" and jax.process_index() == 1:
+        params["c"] = jnp.zeros(1)
     op = optloss.optimize_loss(
         lambda params: jnp.sum(params["w"]),
         0,
         gradient_noise_scale=0.1,
-        learning_rate_decay_fn=lambda rate, step: optloss.exponential_decay(rate, step, 10, factor),
+        learning_rate_decay_fn=decays.get(what, lambda rate, step: halving(factor, rate, step)),
         **own,
     )
     try:

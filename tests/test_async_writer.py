@@ -1,5 +1,6 @@
 """Summaries written beside the training: what is written, what is lost, and that nothing waits for it."""
 
+import contextlib
 import math
 import subprocess
 import sys
@@ -133,6 +134,26 @@ def test_async_writer_goes_on_after_a_sink_that_raises_and_tells_at_the_end() ->
     writer.close()  # a second time it does nothing, and warns of nothing
 
 
+def test_async_writer_tells_of_a_sink_that_cannot_be_closed() -> None:
+    class Sink:
+        """Which has lost its disk."""
+
+        def __call__(self, values: Any, step: int) -> None:
+            """Fails at the second."""
+            if step:
+                raise OSError("no space")
+
+        def close(self) -> None:
+            """Fails too."""
+            raise OSError("no disk")
+
+    writer = AsyncWriter(Sink())
+    writer.write({"a": 0.0}, 0)
+    writer.write({"a": 0.0}, 1)
+    with pytest.warns(RuntimeWarning, match=r"summaries: 1 writes were lost; OSError: no disk"):
+        writer.close()
+
+
 def test_async_writer_closes_within_its_time_where_a_sink_hangs(gate: threading.Event) -> None:
     writer = AsyncWriter(lambda values, step: gate.wait(60), capacity=2)
     for step in range(3):
@@ -166,6 +187,8 @@ def test_only_process_0_writes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) 
     rows: list[int] = []
     with AsyncWriter(EventFileWriter(tmp_path / "log"), lambda values, step: rows.append(step)) as writer:
         writer.write({"a": 0.0}, 0)
+    with contextlib.closing(EventFileWriter(tmp_path / "log")) as alone:
+        alone.add_scalar("a", 0.0, 0)
     assert rows == []
     assert not (tmp_path / "log").exists()
 

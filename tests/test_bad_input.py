@@ -241,6 +241,35 @@ def test_an_op_of_the_same_name_is_a_value_error() -> None:
         build().init(state)
 
 
+def test_a_second_op_brings_a_counter_and_a_model_state_where_the_first_had_none() -> None:
+    def with_state(params: Any, model_state: Any, *args: Any) -> Any:
+        return jnp.sum(params["w"]), model_state + 1
+
+    one = build().init(PARAMS, model_state=2.0)
+    with pytest.raises(ValueError, match="^model_state: the state that is joined has one already; None would do"):
+        build(name="other").init(one, model_state=1.0)
+    uncounted = build(global_step=None).init(PARAMS)
+    assert (uncounted.global_step, uncounted.model_state) == (None, None)
+    other = build(loss=with_state, name="other", global_step=7)
+    state, _ = other.update(other.init(uncounted, model_state=1.0))
+    assert (int(state.global_step), float(state.model_state)) == (8, 2.0)
+
+
+def test_a_loss_with_aux_and_a_model_state_has_to_return_both() -> None:
+    train = build(loss=lambda params, model_state: (jnp.sum(params["w"]), model_state), has_aux=True)
+    with pytest.raises(ValueError, match=r"^loss: .* returned .*; \(scalar, \(model_state, aux\)\) would do"):
+        train.update(train.init(PARAMS, model_state=1.0))
+
+
+def test_a_traced_step_is_where_the_counter_starts() -> None:
+    @jax.jit
+    def after_a_step(first: jax.Array) -> jax.Array:
+        train = build(global_step=first)
+        return train.update(train.init(PARAMS))[0].global_step
+
+    assert [int(after_a_step(first)) for first in (0, 41)] == [1, 42]
+
+
 def test_a_state_of_another_op_is_a_value_error() -> None:
     with pytest.raises(ValueError, match=r"^state: it has no op named 'other', only \['OptimizeLoss'\]"):
         build(name="other").update(build().init(PARAMS))

@@ -81,6 +81,19 @@ def test_cosine_decay_restarts_is_at_its_top_at_every_restart(t_mul: float) -> N
         assert float(optloss.cosine_decay_restarts(1.0, step, 20, t_mul=t_mul)) == pytest.approx(1.0, abs=1e-6), step
 
 
+def test_a_period_need_not_be_whole() -> None:
+    """By the formulas, at step 7 of periods of 2.5 steps: 2 are whole, and 0.8 of the third has passed."""
+    got = [
+        optloss.exponential_decay(1.0, 7, 2.5, 0.5),
+        optloss.exponential_decay(1.0, 7, 2.5, 0.5, staircase=True),
+        optloss.inverse_time_decay(1.0, 7, 2.5, 0.5, staircase=True),
+        optloss.cosine_decay_restarts(1.0, 7, 2.5, t_mul=1.0),
+        jax.jit(optloss.cosine_decay)(1.0, 2, 2.5),
+    ]
+    expected = [0.5**2.8, 0.25, 1 / 2, 0.5 * (1 + np.cos(0.8 * np.pi)), 0.5 * (1 + np.cos(0.8 * np.pi))]
+    np.testing.assert_allclose(got, expected, rtol=0, atol=3e-7)
+
+
 @pytest.mark.parametrize("step", [2**24 + 1, 2**31 - 1])
 def test_a_staircase_is_exact_at_steps_that_float32_does_not_tell_apart(step: int) -> None:
     """From (step - 1) to step = 1 * N + 0 the stair goes down by one: 0.5 -> 0.25 of the rate, with N = step."""

@@ -261,3 +261,22 @@ def test_explain_shows_a_notebook_a_table_without_markup_of_the_user_s() -> None
     assert ">a&lt;b</td>" in page
     assert "a<b" not in page
     assert "<b>warning:</b> gradient_multipliers: Adam divides" in page
+
+
+def scale_at(step: Any) -> Any:
+    return 0.1 / (1 + step)
+
+
+def test_settings_that_have_no_number_are_told_in_words() -> None:
+    said = []
+
+    @jax.jit
+    def explain(rate: jax.Array) -> jax.Array:
+        train = build(learning_rate=rate, gradient_multipliers={"dense/*": rate}, gradient_noise_scale=scale_at)
+        said.append(train.explain(SHAPES))
+        return rate
+
+    explain(0.1)
+    assert "noise by scale_at -> multipliers (1) -> Adam, rate traced -> skip" in " ".join(str(said[0]).split())
+    bias = next(row for row in said[0].to_dict()["parameters"] if row["name"] == "dense/bias")
+    assert (bias["multiplier"], bias["noise"]) == ("traced", "by scale_at")

@@ -130,35 +130,38 @@ def test_ctrl_c_in_a_loop_of_steps_leaves_a_live_state(names: list[str], size: i
         assert np.all(np.isfinite(state.params["w"]))
 
 
-class _InterruptedOnce:
-    """An output whose making is interrupted once, as by a Ctrl-C in the midst of it."""
+class _Interrupted:
+    """An output whose making is interrupted, as by a Ctrl-C in the midst of it."""
 
-    count = 0
+    count, times = 0, 1
 
 
 jax.tree_util.register_pytree_node(
-    _InterruptedOnce, lambda node: ((node.value,), None), lambda _, children: _make_interrupted(children)
+    _Interrupted, lambda node: ((node.value,), None), lambda _, children: _make_interrupted(children)
 )
 
 
-def _make_interrupted(children: Any) -> _InterruptedOnce:
+def _make_interrupted(children: Any) -> _Interrupted:
     if isinstance(children[0], jax.Array) and not isinstance(children[0], jax.core.Tracer):
-        _InterruptedOnce.count += 1
-        if _InterruptedOnce.count == 1:
+        _Interrupted.count += 1
+        if _Interrupted.count <= _Interrupted.times:
             raise KeyboardInterrupt
-    node = _InterruptedOnce()
+    node = _Interrupted()
     node.value = children[0]  # type: ignore[attr-defined]
     return node
 
 
-def test_an_interrupt_after_a_step_comes_at_the_next_one_and_the_state_between_them_is_live() -> None:
+@pytest.mark.parametrize("times", [1, 2])
+def test_an_interrupt_after_a_step_comes_at_the_next_one_and_the_state_between_them_is_live(times: int) -> None:
+    _Interrupted.count, _Interrupted.times = 0, times
+
     def with_aux(params: Any, x: Any) -> Any:
         return loss(params, x), _make_interrupted([params["w"]])
 
     train = build(loss=with_aux, has_aux=True)
     state = train.init({"w": jnp.zeros(3)})
     state, output = train.update(state, 1.0)
-    assert _InterruptedOnce.count == 2
+    assert _Interrupted.count == times + 1
     assert output.aux.value.shape == (3,)
     with pytest.raises(KeyboardInterrupt):
         train.update(state, 1.0)
@@ -166,12 +169,38 @@ def test_an_interrupt_after_a_step_comes_at_the_next_one_and_the_state_between_t
     assert int(state.global_step) == 2
 
 
-def test_an_interrupt_after_the_last_step_comes_all_the_same() -> None:
-    _InterruptedOnce.count = 0
+@pytest.mark.parametrize("wakes", [True, False], ids=["posix", "windows"])
+def test_an_interrupt_after_the_last_step_comes_all_the_same(wakes: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not wakes:
+        monkeypatch.delattr(signal, "pthread_kill")
+    _Interrupted.count, _Interrupted.times = 0, 1
     train = build(loss=lambda params, x: (loss(params, x), _make_interrupted([params["w"]])), has_aux=True)
     state, _ = train.update(train.init({"w": jnp.zeros(3)}), 1.0)
+
+    def wait() -> None:
+        for _ in range(1 if wakes else 600):
+            threading.Event().wait(60 if wakes else 0.1)
+
     with pytest.raises(KeyboardInterrupt):
-        threading.Event().wait(60)
+        wait()
+    assert int(state.global_step) == 1
+
+
+def test_an_interrupt_before_a_step_began_says_nothing_of_a_state_that_is_alive() -> None:
+    calls = []
+
+    def interrupted_once(params: Any, x: Any) -> jax.Array:
+        calls.append(1)
+        if len(calls) == 1:
+            raise KeyboardInterrupt
+        return loss(params, x)
+
+    train = build(loss=interrupted_once)
+    state = train.init({"w": jnp.zeros(3)})
+    with pytest.raises(KeyboardInterrupt) as caught:
+        train.update(state, 1.0)
+    assert not any("lost" in note for note in getattr(caught.value, "__notes__", []))
+    state, _ = train.update(state, 1.0)
     assert int(state.global_step) == 1
 
 

@@ -190,6 +190,8 @@ def test_a_state_of_something_else_is_named() -> None:
     stage = optloss.transformation(0, 0.1, "Adam")
     with pytest.raises(TypeError, match="^state: got tuple; the TransformationState"):
         stage.update(TWO, optax.sgd(0.1).init(TWO), TWO)
+    with pytest.raises(TypeError, match="^state: got tuple for an OptState; what init or update gave would do"):
+        stage.update(TWO, stage.init(TWO)._replace(opt_state=()), TWO)
 
 
 def deleted() -> Any:
@@ -198,7 +200,7 @@ def deleted() -> Any:
     return array
 
 
-@pytest.mark.parametrize("leaf", [np.zeros(2, jax.dtypes.float0), 2**70, "a", deleted], ids=str)
+@pytest.mark.parametrize("leaf", [np.zeros(2, jax.dtypes.float0), 2**70, "a", deleted])
 def test_a_parameter_that_is_no_array_of_numbers_is_named(leaf: Any) -> None:
     with pytest.raises(TypeError) as caught:
         build().init({"w": np.ones(2, np.float32), "other": leaf() if callable(leaf) else leaf})

@@ -519,6 +519,28 @@ def test_colocate_gradients_with_ops_traces_once_however_the_sharding_is_spelt(d
     assert "sharding" in train.update.lower(state).as_text()
 
 
+@pytest.mark.parametrize("colocates", [True, False])
+def test_updates_of_the_transformation_lie_as_their_parameters_do_where_that_is_asked_for(colocates: bool) -> None:
+    mesh = jax.make_mesh((8,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
+    parts, whole = (jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*spec)) for spec in (("x",), ()))
+    params = jax.device_put({"w": np.ones((16, 4), np.float32)}, parts)
+    optimizer = optloss.transformation(None, 0.5, "SGD", colocate_gradients_with_ops=colocates)
+    gradients = jax.device_put({"w": np.full((16, 4), 2.0, np.float32)}, whole)
+    updates, _ = optimizer.update(gradients, optimizer.init(params), params)
+    assert updates["w"].sharding.is_equivalent_to(parts if colocates else whole, 2)
+    np.testing.assert_array_equal(updates["w"], -1.0)
+
+
+@pytest.mark.parametrize(("nonfinite", "steps", "update"), [("apply", 1, np.nan), ("skip", 0, 0.0)])
+def test_the_transformation_applies_what_is_not_finite_where_that_is_asked_for(
+    nonfinite: str, steps: int, update: float
+) -> None:
+    optimizer, params = optloss.transformation(0, 0.5, "SGD", nonfinite=nonfinite), {"w": jnp.ones(2)}
+    updates, state = optimizer.update({"w": jnp.array([1.0, np.nan])}, optimizer.init(params), params)
+    assert (int(state.global_step), int(state.opt_state.nonfinite_steps)) == (steps, 1)
+    np.testing.assert_array_equal(updates["w"][1], update)
+
+
 def constraints(jaxpr: Any) -> list[Any]:
     """The sharding constraints of a program and of the programs in it."""
     inner = [value.jaxpr for e in jaxpr.eqns for value in e.params.values() if hasattr(value, "jaxpr")]

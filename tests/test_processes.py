@@ -54,11 +54,17 @@ def test_two_processes_of_four_devices_have_the_bits_of_one_of_eight(kind: str, 
     ("what", "message"),
     [
         ("rate", "learning_rate: process 0 has 0.1; process 1 has 0.2"),
-        ("clip", "clip_gradients: process 0 has 1.0; process 1 has 2.0"),
+        ("clip", "clip_gradients: process 0 has 1; process 1 has 2"),
         ("optimizer", "optimizer: process 0 has 'Adam'; process 1 has 'SGD'"),
         ("seed", "key of init: process 0 has 0; process 1 has 7"),
         ("parameters", "params, values: process 0 has w "),
-        ("function", "what functions among the settings do: process 0 has "),
+        (
+            "structure",
+            "params, names and types: process 0 has b float32[2]; w float32[2]; process 1 has b float32[2]; c",
+        ),
+        ("function", "learning_rate_decay_fn: process 0 has disagree.<locals>.<lambda>({'factor': 0.9}, "),
+        ("partial", "learning_rate_decay_fn: process 0 has partial(halving("),
+        ("hidden", "what functions among the settings do: process 0 has "),
     ],
 )
 def test_processes_that_disagree_are_told_how(what: str, message: str) -> None:
@@ -67,7 +73,9 @@ def test_processes_that_disagree_are_told_how(what: str, message: str) -> None:
     lines = first["error"].split("\n  ")
     assert lines[0] == "init: the processes do not agree, and would drift apart:"
     assert lines[1].startswith(message)
+    assert len(first["error"]) < 1000
 
 
-def test_processes_that_agree_train() -> None:
-    assert run("disagree:nothing", 2, 1) == [{"error": None}, {"error": None}]
+@pytest.mark.parametrize("what", ["nothing", "partial of equals", "equal objects"])
+def test_processes_that_agree_train(what: str) -> None:
+    assert run(f"disagree:{what}", 2, 1) == [{"error": None}, {"error": None}]

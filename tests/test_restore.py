@@ -314,6 +314,18 @@ def test_a_fingerprint_never_changes_in_a_step() -> None:
     np.testing.assert_array_equal(one, other)
 
 
+def test_a_fingerprint_tells_the_key_that_a_function_holds() -> None:
+    def noise(key: jax.Array, step: Any) -> Any:
+        return jax.random.uniform(jax.random.fold_in(key, step))
+
+    def fingerprint(seed: int) -> np.ndarray:
+        settings: dict[str, Any] = {"gradient_noise_scale": functools.partial(noise, jax.random.key(seed))}
+        return np.asarray(fresh(**settings).opt_states["OptimizeLoss"].fingerprint)
+
+    np.testing.assert_array_equal(fingerprint(0), fingerprint(0))
+    assert not np.array_equal(fingerprint(0), fingerprint(1))
+
+
 def test_a_rate_is_told_apart_whether_it_is_a_number_or_an_array() -> None:
     rates = [0.1, np.float64(0.1), np.float32(0.1), jnp.float32(0.1)]
     prints = [np.asarray(fresh(learning_rate=rate).opt_states["OptimizeLoss"].fingerprint) for rate in rates]
