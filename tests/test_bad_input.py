@@ -261,6 +261,12 @@ def test_a_loss_with_aux_and_a_model_state_has_to_return_both() -> None:
         train.update(train.init(PARAMS, model_state=1.0))
 
 
+@pytest.mark.parametrize(("limit", "type_"), [(jnp.ones(2), r"float32\[2\]"), (jnp.array(True), r"bool\[\]")])
+def test_a_traced_setting_that_is_no_number_is_named(limit: jax.Array, type_: str) -> None:
+    with pytest.raises(ValueError, match=f"^clip_norm: got a traced {type_}; .* would do"):
+        jax.jit(lambda limit: optloss.clip_by_global_norm(limit).init(PARAMS))(limit)
+
+
 def test_a_traced_step_is_where_the_counter_starts() -> None:
     @jax.jit
     def after_a_step(first: jax.Array) -> jax.Array:
