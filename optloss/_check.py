@@ -29,7 +29,7 @@ __all__ = [
 
 def check_number(
     argument: str,
-    value: object,
+    value: Any,
     *,
     at_least: float | None = None,
     above: float | None = None,
@@ -61,7 +61,7 @@ def check_number(
     if getattr(value, "shape", ()) != ():
         raise wrong_type(f"{argument}: got an array of shape {getattr(value, 'shape', ())}; {expected} would do.")
     try:
-        number = float(value)  # type: ignore[arg-type]  # a number by now
+        number = float(value)
     except OverflowError:
         number = math.inf
     fits = (

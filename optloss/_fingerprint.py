@@ -43,6 +43,7 @@ def fingerprint(settings: Mapping[str, Any], optimizer: Any, params: Any) -> np.
 
 
 _DEEPEST = 20  # functions within functions: transformations close over others
+_FEW = 4  # numbers of an array that are told
 _NO_NUMBER = 0x7FC00001  # one of the many NaNs
 
 
@@ -79,7 +80,8 @@ def fact(value: Any, depth: int = _DEEPEST, *, with_numbers: bool = True) -> str
         return _in_words(value) if with_numbers else "number"
     if isinstance(value, np.ndarray | jax.Array):
         array = np.asarray(value)
-        return f"{array.shape} {array.dtype} {_hash(array.tobytes()) if with_numbers else ''}"
+        content = array.tolist() if array.size <= _FEW else _hash(array.tobytes())
+        return f"{array.shape} {array.dtype} {content if with_numbers else ''}"
     if isinstance(value, bool | str | None):
         return repr(value)
     return f"{_name(value)}({facts(_inside(value, with_numbers))})" if callable(value) else type(value).__qualname__

@@ -126,7 +126,7 @@ def check_multipliers(argument: str, multipliers: Mapping[str, Multiplier]) -> N
                 raise ValueError(f"{entry}: the function returns {shape}; a number would do.")
         elif getattr(factor, "shape", None) in (None, ()):
             check_number(entry, factor)
-        elif not is_real(factor.dtype):  # type: ignore[union-attr]  # it has a shape
+        elif not isinstance(factor, np.ndarray | jax.Array) or not is_real(factor.dtype):
             raise TypeError(f"{entry}: got {shown(factor)}; real numbers would do.")
         elif not isinstance(factor, jax.core.Tracer) and not np.all(np.isfinite(np.asarray(factor, np.float64))):
             raise ValueError(f"{entry}: got {shown(factor)}; finite numbers would do.")

@@ -138,9 +138,13 @@ def check_noise_scale(argument: str, scale: NoiseScale) -> None:
 
 def check_key(argument: str, key: ArrayLike) -> None:
     """Raises a TypeError or ValueError where `key` cannot become a key. Makes no array."""
-    is_array = isinstance(key, np.ndarray | jax.Array) and not isinstance(key, jax.core.Tracer)
-    if is_array and key.shape == () and jnp.issubdtype(key.dtype, jnp.integer):  # type: ignore[union-attr]
-        key = int(key)  # type: ignore[arg-type]  # an array of an integer
+    if (
+        isinstance(key, np.ndarray | jax.Array)
+        and not isinstance(key, jax.core.Tracer)
+        and key.shape == ()
+        and jnp.issubdtype(key.dtype, jnp.integer)
+    ):
+        key = int(key)
     if isinstance(key, int | np.integer) and not isinstance(key, bool):
         if not 0 <= int(key) < 2**64:
             raise ValueError(f"{argument}: got {shown(key)}; an integer from 0 to 2**64 - 1 would do.")

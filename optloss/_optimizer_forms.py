@@ -100,7 +100,8 @@ def _named(name: str) -> Callable[[Any], optax.GradientTransformation]:
     if name in OPTIMIZER_CLS_NAMES:
         return OPTIMIZER_CLS_NAMES[name]
     if name in _OPTAX_ALIASES:
-        return getattr(optax, name)  # type: ignore[no-any-return]  # one of the fixed names above
+        function: Callable[[Any], optax.GradientTransformation] = getattr(optax, name)
+        return function
     known = [*OPTIMIZER_CLS_NAMES, *_OPTAX_ALIASES]
     optaxs = (
         f" Optax's own is optimizer=optax.{name}." if name.casefold() in map(str.casefold, OPTIMIZER_CLS_NAMES) else ""

@@ -408,7 +408,7 @@ def _check_global_step(global_step: ArrayLike | None) -> int | jax.Array | None:
         raise TypeError(f"global_step: got an array of shape {shape}, which is not scalar; {expected}")
     if isinstance(global_step, jax.core.Tracer):
         return global_step
-    first = int(global_step)  # type: ignore[arg-type]  # an integer by now
+    first: int = np.asarray(global_step).item()
     if first < 0:
         raise ValueError(f"global_step: got {first}; {expected}")
     return first
